@@ -1,0 +1,1 @@
+"""An AHN layer's core: what a step asks of it, and how it is computed."""

@@ -1,0 +1,201 @@
+"""An AHN layer's core on the CPU: write the pages, attend, absorb, read, add.
+
+Plain torch, batched over requests and chunk-parallel over tokens; attention inside the window is vLLM's own kernel.
+"""
+
+import torch
+from torch.nn import functional as F
+from vllm import _custom_ops as ops
+
+from vllm_ahn.attention.metadata import AHNMetadata, CausalBatch, Chunk, DecodeBatch
+from vllm_ahn.cache.page import StatePages, WindowPages
+from vllm_ahn.kernels import chunk_recurrence, l2_normalize, recurrent_step
+from vllm_ahn.memory import Memory, Router
+
+
+def attention_isa(block_size: int, head_size: int) -> str:
+    """The instruction set to ask of vLLM's CPU attention.
+
+    Of those it has, ``vec`` and ``vec16`` store a block's keys transposed and its values as rows, which is what
+    :class:`~vllm_ahn.cache.page.WindowPages` reads. Others pack them in ways of their own.
+    """
+    return "vec" if block_size % 32 == 0 and head_size % 32 == 0 else "vec16"
+
+
+def write_pages(
+    pages: WindowPages,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gates: torch.Tensor | None,
+    metadata: AHNMetadata,
+) -> None:
+    """Store new tokens in the window pages.
+
+    Args:
+        pages: the layer's pages.
+        key: ``[num_tokens, num_kv_heads, head_size]``, after RoPE.
+        value: shaped like ``key``.
+        gates: ``[num_tokens, num_heads, num_gates]`` float32, or None for a layer without memory.
+        metadata: the step's plan.
+    """
+    # A recycled block may hold anything, for instance float32 state read as bfloat16, one in 550 of which is NaN. A
+    # masked NaN still spoils a product, so a block that this step begins and does not fill is cleared first.
+    pages.pages.index_fill_(0, metadata.new_blocks, 0)
+    size = pages.layout.block_size
+    isa = attention_isa(size, pages.layout.head_size)
+    ops.cpu_attn_reshape_and_cache(key, value, pages.keys, pages.values, metadata.slot_mapping, isa)
+    if gates is not None:
+        by_kv_head = gates.reshape(len(gates), pages.layout.num_kv_heads, -1).to(pages.layout.dtype)
+        pages.gates[metadata.slot_mapping // size, :, metadata.slot_mapping % size] = by_kv_head
+
+
+def causal_attention(
+    pages: WindowPages, query: torch.Tensor, output: torch.Tensor, batch: CausalBatch, scale: float
+) -> None:
+    """Plain causal attention of whole requests, by vLLM's kernel.
+
+    ``query`` and ``output`` are ``[num_tokens, num_heads, head_size]``; the batch's rows of ``output`` are written.
+    """
+    rows = batch.rows
+    attended = output if rows is None else output.new_empty((len(rows), *output.shape[1:]))
+    ops.cpu_attention_with_kv_cache(
+        query=query if rows is None else query[rows],
+        key_cache=pages.keys,
+        value_cache=pages.values,
+        output=attended,
+        query_start_loc=batch.query_start_loc,
+        seq_lens=batch.seq_lens,
+        scale=scale,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=-1,
+        block_table=batch.block_table,
+        softcap=0,
+        scheduler_metadata=batch.scheduler_metadata,
+        s_aux=None,
+    )
+    if rows is not None:
+        output[rows] = attended
+
+
+def attend_chunk(
+    pages: WindowPages, query: torch.Tensor, output: torch.Tensor, chunk: Chunk, scale: float
+) -> None:
+    """Sinks and window of one request's chunk; its rows of ``output`` are written."""
+    for block in chunk.query_blocks:
+        keys = pages.keys_transposed[block.key_blocks].permute(1, 0, 3, 2).flatten(1, 2)
+        values = pages.values[block.key_blocks].transpose(0, 1).flatten(1, 2)
+        rows = slice(block.start, block.end)
+        attended = F.scaled_dot_product_attention(
+            query[rows].transpose(0, 1).unsqueeze(0),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
+            attn_mask=block.visible,
+            scale=scale,
+            enable_gqa=True,
+        )
+        output[rows] = attended.squeeze(0).transpose(0, 1)
+
+
+def attend_decodes(
+    pages: WindowPages, query: torch.Tensor, output: torch.Tensor, batch: DecodeBatch, scale: float
+) -> None:
+    """Sinks and window of one token of each request; their rows of ``output`` are written."""
+    num_kv_heads = pages.layout.num_kv_heads
+    keys = pages.keys_transposed[batch.key_blocks].permute(0, 2, 3, 1, 4).flatten(3)
+    values = pages.values[batch.key_blocks].transpose(1, 2).flatten(2, 3)
+    queries = query[batch.rows].unflatten(1, (num_kv_heads, -1))
+    scores = (queries @ keys).float() * scale
+    scores.masked_fill_(~batch.visible[:, None, None], -torch.inf)
+    attended = scores.softmax(-1).to(values.dtype) @ values
+    output[batch.rows] = attended.flatten(1, 2)
+
+
+def absorb_and_read_chunk(
+    memory: Memory,
+    window_pages: WindowPages,
+    state_pages: StatePages,
+    state_table: torch.Tensor,
+    query: torch.Tensor,
+    chunk: Chunk,
+) -> torch.Tensor:
+    """Absorb what a chunk evicts, one token before each of its reads.
+
+    Args:
+        memory: the layer's memory.
+        window_pages: pages that hold the evicted tokens.
+        state_pages: pages of the states.
+        state_table: ``[num_requests, >= num_pages]``, the state group's block table.
+        query: ``[num_tokens, num_heads, head_size]``, the batch's memory queries.
+        chunk: the request.
+
+    Returns:
+        ``o [num_reads, num_heads, head_size]`` float32, before norm and gate.
+    """
+    tokens = slice(chunk.evicted_offset, chunk.evicted_offset + chunk.num_reads)
+    blocks = chunk.evicted_blocks
+    keys = window_pages.keys_transposed[blocks].permute(0, 3, 1, 2).flatten(0, 1)[tokens]
+    values = window_pages.values[blocks].transpose(1, 2).flatten(0, 1)[tokens]
+    gates = window_pages.gates[blocks].transpose(1, 2).flatten(0, 1)[tokens]
+    g, b = memory.decay_and_rate(gates.float().reshape(chunk.num_reads, memory.num_heads, memory.num_gates))
+    page_ids = state_table[chunk.request, : state_pages.layout.num_pages].long().unsqueeze(0)
+    o, state = chunk_recurrence(
+        l2_normalize(query[chunk.first_row : chunk.last_row]).unsqueeze(0),
+        l2_normalize(keys).unsqueeze(0),
+        values.unsqueeze(0),
+        g.unsqueeze(0),
+        b.unsqueeze(0),
+        memory.scale,
+        memory.delta,
+        None if chunk.first_read else state_pages.gather(page_ids),
+    )
+    state_pages.scatter(page_ids, state)
+    return o.squeeze(0)
+
+
+def absorb_and_read_decodes(
+    memory: Memory,
+    window_pages: WindowPages,
+    state_pages: StatePages,
+    state_table: torch.Tensor,
+    query: torch.Tensor,
+    batch: DecodeBatch,
+) -> torch.Tensor:
+    """Absorb one token of each request, then read; the batched form of :func:`absorb_and_read_chunk`.
+
+    Returns:
+        ``o [R, num_heads, head_size]`` float32, before norm and gate.
+    """
+    where = (batch.evicted_blocks, slice(None))
+    keys = window_pages.keys_transposed[(*where, slice(None), batch.evicted_offsets)]
+    values = window_pages.values[(*where, batch.evicted_offsets)]
+    gates = window_pages.gates[(*where, batch.evicted_offsets)]
+    g, b = memory.decay_and_rate(gates.float().reshape(len(gates), memory.num_heads, memory.num_gates))
+    page_ids = state_table[batch.requests, : state_pages.layout.num_pages].long()
+    state = state_pages.gather(page_ids)
+    # What the pages of a new state held before is not zero times anything: it may be NaN.
+    state.masked_fill_(batch.first_read[:, None, None, None], 0.0)
+    o, state = recurrent_step(
+        l2_normalize(query[batch.rows]), l2_normalize(keys), values, g, b, memory.scale, memory.delta, state
+    )
+    state_pages.scatter(page_ids, state)
+    return o
+
+
+def contribution(
+    memory: Memory, router: Router | None, o: torch.Tensor, z: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Norm, gate, project and weigh what was read.
+
+    Args:
+        memory: the layer's memory.
+        router: weighs it against the attention output, or None for an even sum.
+        o: ``[n, num_heads, head_size]`` float32, from the recurrence.
+        z: ``[n, num_heads]`` float32, read-out gates of the reading tokens.
+        positions: ``[n]`` int64, theirs.
+
+    Returns:
+        What to add to the attention output, ``[n, num_heads, head_size]`` in the model dtype.
+    """
+    m = memory.read_out(o, z)
+    return m if router is None else m * router(positions).unsqueeze(-1).to(m.dtype)

@@ -1,0 +1,212 @@
+"""The layer that stands where a base model has vLLM's ``Attention``.
+
+For vLLM it is two layers: the lossless memory under the attention's own name, and the compressed one beside it, so that
+each has a cache spec, a manager and a block table of its own.
+"""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from vllm_ahn.attention import cpu
+from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
+from vllm_ahn.attention.metadata import AHNMetadata
+from vllm_ahn.attention.op import ahn_attention, encode_layer_name
+from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
+from vllm_ahn.config import AHNConfig
+from vllm_ahn.memory import MEMORY_CLASSES, Memory, Router
+
+
+class AHNAttention(nn.Module, AttentionLayerBase):
+    """Sliding-window attention with sinks, plus what a compressed memory adds past ``W + S`` tokens.
+
+    Args:
+        num_heads: query heads on this rank.
+        num_kv_heads: KV heads on this rank.
+        head_size: size of a head.
+        scale: factor on attention scores.
+        config: the AHN that is served.
+        memory: the layer's memory, or None for a layer that is plain full attention (``fa_layer_ids``).
+        router: the layer's router, if the checkpoint has them.
+        prefix: the name that vLLM's own attention layer would have.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        scale: float,
+        config: AHNConfig,
+        memory: Memory | None,
+        router: Router | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.config = config
+        self.layer_name = prefix
+        # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
+        self._parts = (memory, router)
+        self.state = AHNState(self, f"{prefix}.state")
+        self.pages: WindowPages | None = None
+        _register(self, prefix)
+
+    @property
+    def memory(self) -> Memory | None:
+        return self._parts[0]
+
+    @property
+    def router(self) -> Router | None:
+        return self._parts[1]
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        memory_query: torch.Tensor,
+        gates: torch.Tensor | None,
+        z: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One opaque operation: the two memories of all requests in the batch.
+
+        Args:
+            query: ``[num_tokens, num_heads * head_size]``, after RoPE.
+            key: ``[num_tokens, num_kv_heads * head_size]``, after RoPE.
+            value: shaped like ``key``.
+            memory_query: shaped like ``query``, what the memory is read with.
+            gates: ``[num_tokens, num_heads, num_gates]`` float32, from :meth:`Memory.project`; None without memory.
+            z: ``[num_tokens, num_heads]`` float32, likewise.
+
+        Returns:
+            ``[num_tokens, num_heads * head_size]``, the input of ``o_proj``.
+        """
+        output = torch.empty_like(query)
+        heads = (-1, self.num_heads, self.head_size)
+        kv_heads = (-1, self.num_kv_heads, self.head_size)
+        ahn_attention(
+            query.view(heads),
+            key.view(kv_heads),
+            value.view(kv_heads),
+            memory_query.view(heads),
+            gates,
+            z,
+            output.view(heads),
+            encode_layer_name(self.layer_name),
+        )
+        return output
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        memory_query: torch.Tensor,
+        gates: torch.Tensor | None,
+        z: torch.Tensor | None,
+        output: torch.Tensor,
+        metadata: AHNMetadata,
+        state_table: torch.Tensor,
+    ) -> None:
+        """The operation itself, on tensors split by heads; writes ``output``. Shapes as in :meth:`forward`."""
+        pages = self.pages
+        assert pages is not None
+        tokens = slice(metadata.num_tokens)
+        query, output, memory_query = query[tokens], output[tokens], memory_query[tokens]
+        cpu.write_pages(pages, key[tokens], value[tokens], None if gates is None else gates[tokens], metadata)
+        memory = self.memory
+        if memory is None:
+            assert metadata.everything is not None
+            cpu.causal_attention(pages, query, output, metadata.everything, self.scale)
+            return
+        if metadata.inside is not None:
+            cpu.causal_attention(pages, query, output, metadata.inside, self.scale)
+        if metadata.decodes is None and not metadata.chunks:
+            return
+
+        assert z is not None and self.state.pages is not None
+        where = (memory, pages, self.state.pages, state_table, memory_query)
+        if (batch := metadata.decodes) is not None:
+            cpu.attend_decodes(pages, query, output, batch, self.scale)
+            o = cpu.absorb_and_read_decodes(*where, batch)
+            output[batch.rows] += cpu.contribution(memory, self.router, o, z[batch.rows], batch.positions)
+        for chunk in metadata.chunks:
+            cpu.attend_chunk(pages, query, output, chunk, self.scale)
+            o = cpu.absorb_and_read_chunk(*where, chunk)
+            reads = slice(chunk.first_row, chunk.last_row)
+            output[reads] += cpu.contribution(memory, self.router, o, z[reads], chunk.read_positions())
+
+    def window_layout(self, block_size: int, dtype: torch.dtype) -> WindowPageLayout:
+        # Layers without a memory take the same pages as the others, so that all share a group.
+        num_gates = MEMORY_CLASSES[self.config.memory].num_gates
+        return WindowPageLayout(
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            gates_per_kv_head=num_gates * self.num_heads // self.num_kv_heads,
+            block_size=block_size,
+            dtype=dtype,
+        )
+
+    def get_attn_backend(self) -> type[AHNWindowBackend]:
+        return AHNWindowBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AHNWindowSpec:
+        return window_spec(
+            self.window_layout(vllm_config.cache_config.block_size, vllm_config.model_config.dtype),
+            window=self.config.window,
+            sinks=self.config.sinks,
+            retain_all=bool(self.config.full_attention_layers),
+            vllm_config=vllm_config,
+        )
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.pages = WindowPages(kv_cache, self.window_layout(kv_cache.shape[2], kv_cache.dtype))
+
+
+class AHNState(AttentionLayerBase):
+    """The compressed memory's place among vLLM's layers: a name, a spec, and the pages."""
+
+    def __init__(self, window_layer: AHNAttention, prefix: str) -> None:
+        self.num_heads = window_layer.num_heads
+        self.layer_name = prefix
+        self.kv_cache = torch.tensor([])
+        self.pages: StatePages | None = None
+        self._window_layer = window_layer
+        _register(self, prefix)
+
+    def get_attn_backend(self) -> type[AHNStateBackend]:
+        return AHNStateBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AHNStateSpec:
+        window_layout = self._window_layer.window_layout(
+            vllm_config.cache_config.block_size, vllm_config.model_config.dtype
+        )
+        return state_spec(
+            self._state_layout(window_layout.page_bytes),
+            block_size=window_layout.block_size,
+            dtype=window_layout.dtype,
+            capacity=self._window_layer.config.capacity,
+        )
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        page_bytes = kv_cache[0].numel() * kv_cache.element_size()
+        self.pages = StatePages(kv_cache, self._state_layout(page_bytes))
+
+    def _state_layout(self, page_bytes: int) -> StatePageLayout:
+        return StatePageLayout(self.num_heads, self._window_layer.head_size, page_bytes)
+
+
+def _register(layer: AttentionLayerBase, prefix: str) -> None:
+    """Make a layer known to vLLM's runner, which asks it for its spec, binds its cache and hands it its metadata."""
+    layers = get_current_vllm_config().compilation_config.static_forward_context
+    if prefix in layers:
+        raise ValueError(f"Duplicate layer name: {prefix}")
+    layers[prefix] = layer

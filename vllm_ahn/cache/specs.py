@@ -1,0 +1,123 @@
+"""The two cache specs that tell vLLM what an AHN layer keeps.
+
+Both describe pages of the same size, so that vLLM draws them from one block pool. They derive from ``AttentionSpec``
+itself: vLLM treats subclasses of its sliding-window and full-attention specs in ways that would drop the sinks, promote
+the layers to full attention, or extend the window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
+
+
+class _OwnGroup(AttentionSpec):
+    """Layers of one spec class form a group of their own, never mixed with another class."""
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(spec == self for spec in kv_cache_specs.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AHNWindowSpec(_OwnGroup):
+    """Pages of the lossless memory: sinks, window, and what is in flight."""
+
+    window: int
+    """``W``: tokens that a query sees, itself included, besides the sinks."""
+    sinks: int
+    """``S``: first tokens of a sequence, always seen and never absorbed."""
+    max_in_flight_tokens: int
+    """Most tokens of one request that are scheduled but not yet settled; their blocks cannot be given back."""
+    retain_all: bool = False
+    """Keep every block, for models in which some layers are plain full attention."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence may have before the compressed memory is used."""
+        return self.window + self.sinks
+
+    def max_admission_blocks_per_request(self, max_model_len: int) -> int:
+        """Most blocks one request ever holds.
+
+        Between two steps it keeps the blocks of the sinks and of the last ``W`` tokens, the oldest of which is absorbed
+        next; during a step the tokens in flight are added. The window starts anywhere in a block, hence one more.
+        """
+        all_blocks = cdiv(max_model_len, self.block_size)
+        if self.retain_all:
+            return all_blocks
+        kept = cdiv(self.sinks, self.block_size)
+        moving = cdiv(self.window + self.max_in_flight_tokens, self.block_size) + 1
+        return min(kept + moving, all_blocks)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        return self.max_admission_blocks_per_request(vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AHNStateSpec(_OwnGroup):
+    """Pages of the compressed memory, taken only once a request outgrows the lossless one."""
+
+    capacity: int
+    """``W + S``: a request with more tokens than this has a state."""
+    num_pages: int
+    """Pages of one state."""
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        has_state = vllm_config.model_config.max_model_len > self.capacity
+        return self.num_pages * self.page_size_bytes if has_state else 0
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        # The V1 model runner computes a slot mapping for every attention group, this one included, and indexes its
+        # block table by position: the row must be as wide as the window group's for that to stay in bounds.
+        return max(super().max_num_blocks_per_req(vllm_config, max_len), self.num_pages)
+
+
+def window_spec(
+    layout: WindowPageLayout, *, window: int, sinks: int, retain_all: bool, vllm_config: VllmConfig
+) -> AHNWindowSpec:
+    """The spec of a layer's lossless memory."""
+    return AHNWindowSpec(
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        head_size=layout.head_size,
+        dtype=layout.dtype,
+        state_content_bytes=layout.content_bytes,
+        dcp_sharded=False,
+        window=window,
+        sinks=sinks,
+        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+        retain_all=retain_all,
+    )
+
+
+def state_spec(layout: StatePageLayout, *, block_size: int, dtype: torch.dtype, capacity: int) -> AHNStateSpec:
+    """The spec of a layer's compressed memory, on pages of ``layout.page_bytes``.
+
+    ``dtype`` is the window pages' dtype, not the state's: vLLM would zero new blocks of a cache with two dtypes, which
+    nothing here needs, as a state is never read before it is written.
+    """
+    content_bytes, rest = divmod(layout.page_bytes, block_size)
+    if rest:
+        raise ValueError(f"a page of {layout.page_bytes} bytes does not divide into {block_size} slots")
+    return AHNStateSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=layout.head_size,
+        dtype=dtype,
+        state_content_bytes=content_bytes,
+        dcp_sharded=False,
+        capacity=capacity,
+        num_pages=layout.num_pages,
+    )

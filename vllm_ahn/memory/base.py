@@ -1,0 +1,168 @@
+"""What the three memories share: their place in a layer, and the recurrence's two scalars."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+NORM_EPS = 1e-5
+"""Epsilon of the memory's own norm, whatever the base model's is."""
+
+
+class Memory(nn.Module, ABC):
+    """A compressed memory: the module that checkpoints call ``model.layers.N.ahn.fn``.
+
+    All memories are one recurrence (arXiv 2510.07318, and :mod:`vllm_ahn.kernels.naive`). They differ in how a token's
+    hidden state becomes the decay ``g`` and the rate ``b``, in whether the delta rule applies, and in the read-out.
+    Modules hold the heads of one tensor-parallel rank; shapes below count those.
+
+    Args:
+        hidden_size: width of the hidden states.
+        total_num_heads: query heads of the model, over all ranks.
+        head_size: size of a head.
+        use_q_proj: the memory has a query projection of its own (GatedDeltaNet only).
+        prefix: name of this module in the model.
+    """
+
+    delta: ClassVar[bool]
+    """Whether the delta rule subtracts what the state already answers to a key."""
+    num_gates: ClassVar[int]
+    """Values per query head that a token keeps in its window page until it is absorbed."""
+    projections: ClassVar[tuple[str, ...]]
+    """Checkpoint names of the projections of the hidden state, gates first, the read-out gate ``g_proj`` last."""
+    projection_bias: ClassVar[bool] = False
+    shared_by_heads: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that all heads share. The first axis of all others runs over heads, and every rank takes its part."""
+
+    def __init__(
+        self, hidden_size: int, total_num_heads: int, head_size: int, *, use_q_proj: bool = False, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.tp_rank = get_tensor_model_parallel_rank()
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.total_num_heads = total_num_heads
+        self.num_heads = total_num_heads // self.tp_size
+        self.head_size = head_size
+        # One matrix for all projections: a decode step is bound by the number of launches, not by these few columns.
+        # They are never quantised, whatever the base model's linear layers are.
+        self.in_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [total_num_heads] * len(self.projections),
+            bias=self.projection_bias,
+            quant_config=None,
+            prefix=f"{prefix}.in_proj",
+            return_bias=False,
+        )
+        self.o_proj = PerHeadLinear(self.num_heads, head_size)
+        self.q_proj = PerHeadLinear(self.num_heads, head_size) if use_q_proj else None
+
+    @property
+    def scale(self) -> float:
+        """Factor on what is read, ``o = scale * M^T q``."""
+        return self.head_size**-0.5
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer computes from the hidden states of new tokens.
+
+        Args:
+            hidden_states: ``[num_tokens, hidden_size]``, the output of ``input_layernorm``, in the model dtype.
+
+        Returns:
+            ``gates [num_tokens, num_heads, num_gates]`` float32, to be kept until the tokens leave the window, and the
+            read-out gate ``z [num_tokens, num_heads]`` float32, used in this very step.
+        """
+        projected = self.in_proj(hidden_states).float().unflatten(-1, (len(self.projections), self.num_heads))
+        *raw, z = projected.unbind(-2)
+        return self.gates(*raw), z
+
+    @abstractmethod
+    def gates(self, *raw: torch.Tensor) -> torch.Tensor:
+        """Gates from their projections, ``[num_tokens, num_heads]`` float32 each; see :meth:`project`."""
+
+    @abstractmethod
+    def decay_and_rate(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The recurrence's scalars from kept gates.
+
+        Args:
+            gates: ``[..., num_heads, num_gates]`` float32, as read back from the window pages.
+
+        Returns:
+            ``g`` and ``b``, ``[..., num_heads]`` float32 each; ``g <= 0``.
+        """
+
+    @abstractmethod
+    def normalise(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Norm and gate of what was read.
+
+        Args:
+            o: ``[num_tokens, num_heads, head_size]`` float32, from the recurrence.
+            z: ``[num_tokens, num_heads]`` float32, from :meth:`project` of the reading token.
+
+        Returns:
+            ``y``, shaped like ``o``, float32.
+        """
+
+    def read_out(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """What the memory adds to the attention output, ``m[h] = y[h] @ o_proj.weight[h]``.
+
+        Returns:
+            ``[num_tokens, num_heads, head_size]`` in the model dtype.
+        """
+        return self.o_proj(self.normalise(o, z))
+
+    def load_weight(self, name: str, weight: torch.Tensor) -> str | None:
+        """Take one checkpoint tensor.
+
+        Args:
+            name: its name below ``ahn.fn``, for example ``a_proj.weight``.
+            weight: the tensor over all heads.
+
+        Returns:
+            Name of the parameter that received it, relative to this module, or None if nothing here needs it.
+        """
+        module, _, kind = name.rpartition(".")
+        if module in self.projections:
+            projection = getattr(self.in_proj, kind)
+            projection.weight_loader(projection, weight, self.projections.index(module))
+            return f"in_proj.{kind}"
+        if name not in self.shared_by_heads:
+            weight = weight.chunk(self.tp_size)[self.tp_rank]
+        self.get_parameter(name).data.copy_(weight)
+        return name
+
+
+class PerHeadLinear(nn.Module):
+    """One square matrix a head, ``x[h] @ weight[h]``.
+
+    Attributes:
+        weight: ``[num_heads, head_size, head_size]`` in the model dtype.
+    """
+
+    def __init__(self, num_heads: int, head_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, head_size, head_size), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[num_tokens, num_heads, head_size]`` of any float dtype to the same shape in the model dtype."""
+        return torch.bmm(x.to(self.weight.dtype).transpose(0, 1), self.weight).transpose(0, 1)
+
+
+class Scale(nn.Module):
+    """The learned weight of a norm, ``weight [size]`` in the model dtype."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+
+
+def float32_per_head(num_heads: int) -> nn.Parameter:
+    """A parameter of one float32 a head, whatever dtype the model runs in: decays do not survive bfloat16."""
+    return nn.Parameter(torch.empty(num_heads, dtype=torch.float32), requires_grad=False)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last axis in float32."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS) * weight.float()
