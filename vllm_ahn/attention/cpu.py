@@ -78,9 +78,7 @@ def causal_attention(
         output[rows] = attended
 
 
-def attend_chunk(
-    pages: WindowPages, query: torch.Tensor, output: torch.Tensor, chunk: Chunk, scale: float
-) -> None:
+def attend_chunk(pages: WindowPages, query: torch.Tensor, output: torch.Tensor, chunk: Chunk, scale: float) -> None:
     """Sinks and window of one request's chunk; its rows of ``output`` are written."""
     for block in chunk.query_blocks:
         keys = pages.keys_transposed[block.key_blocks].permute(1, 0, 3, 2).flatten(1, 2)

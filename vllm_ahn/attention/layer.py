@@ -53,9 +53,9 @@ class AHNAttention(nn.Module, AttentionLayerBase):
         self.layer_name = prefix
         # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
         self._parts = (memory, router)
-        self.state = AHNState(self, f"{prefix}.state")
         self.pages: WindowPages | None = None
         _register(self, prefix)
+        self.state = AHNState(self, f"{prefix}.state")
 
     @property
     def memory(self) -> Memory | None:

@@ -1,7 +1,7 @@
 """What a step's batch asks of an AHN layer on the CPU, worked out once for all layers.
 
-A step gives every request some new tokens. The tokens of a request that still fits ``W + S`` are plain causal attention,
-handled together by vLLM's own kernel. The others are past the lossless memory, wholly or in part; they fall into
+A step gives every request some new tokens. The tokens of requests that still fit ``W + S`` are plain causal attention,
+done together by vLLM's own kernel. The others are past the lossless memory, wholly or in part; they fall into
 
 * **decodes**: one new token, past ``W + S``. All of them are handled as one batch.
 * **chunks**: several new tokens, the last of which is past ``W + S``. Each is handled by itself.
@@ -217,14 +217,12 @@ class AHNMetadataPlanner:
         positions = common.seq_lens[requests].long() - 1
         evicted = positions - spec.window
 
-        # Sinks first, then every block from that of the oldest visible token to that of the query. All rows take as many
-        # blocks as the one whose window straddles most; what that adds lies past a row's end and is masked.
+        # Sinks first, then every block from that of the oldest visible token to that of the query. All rows take as
+        # many blocks as the one whose window straddles most; what that adds lies past a row's end and is masked.
         sink_blocks = torch.arange(cdiv(spec.sinks, size))
         first_block = ((evicted + 1) // size).clamp(min=len(sink_blocks))
         window_blocks = torch.arange(int((positions // size - first_block).max()) + 1)
-        indices = torch.cat(
-            (sink_blocks.expand(len(requests), -1), first_block.unsqueeze(-1) + window_blocks), dim=-1
-        )
+        indices = torch.cat((sink_blocks.expand(len(requests), -1), first_block.unsqueeze(-1) + window_blocks), dim=-1)
         key_positions = (indices.unsqueeze(-1) * size + torch.arange(size)).flatten(1)
         past_end = indices > (positions // size).unsqueeze(-1)
         return DecodeBatch(
@@ -232,7 +230,7 @@ class AHNMetadataPlanner:
             requests=requests,
             positions=positions,
             first_read=positions == spec.capacity,
-            # A block past the end is replaced by the query's own: it is masked, but it must be readable and free of NaN.
+            # A block past the end is replaced by the query's own: it is masked, but it must be free of NaN.
             key_blocks=table.gather(1, indices.where(~past_end, (positions // size).unsqueeze(-1))),
             visible=self._visible(positions.unsqueeze(-1), key_positions),
             evicted_blocks=table.gather(1, (evicted // size).unsqueeze(-1)).squeeze(-1),

@@ -128,9 +128,7 @@ class AHNStateManager(SingleTypeKVCacheManager):
     ) -> int:
         return self._num_missing_pages(request_id, num_tokens)
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         blocks = self.block_pool.get_new_blocks(self._num_missing_pages(request_id, num_tokens))
         self.req_to_blocks[request_id].extend(blocks)
         return blocks

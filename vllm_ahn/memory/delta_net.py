@@ -1,6 +1,6 @@
 """DeltaNet: the delta rule without decay."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -13,7 +13,7 @@ class DeltaNet(Memory):
 
     delta = True
     num_gates = 1
-    projections: tuple[str, ...] = ("b_proj", "g_proj")
+    projections: ClassVar[tuple[str, ...]] = ("b_proj", "g_proj")
     shared_by_heads = frozenset({"o_norm.weight"})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

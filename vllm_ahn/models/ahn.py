@@ -1,7 +1,7 @@
 """What is AHN in a model, written once for every base.
 
-A base model gives its decoder layer and its ``Model`` class; :func:`ahn_decoder_layer` and :class:`AHNForCausalLM` add the
-rest. See ``qwen2.py`` for how little a base has to say.
+A base model gives its decoder layer and its ``Model`` class; :class:`AHNDecoderLayer` and :class:`AHNForCausalLM` add
+the rest. See ``qwen2.py`` for how little a base has to say.
 """
 
 from collections.abc import Iterable

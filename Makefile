@@ -1,0 +1,30 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later and pip: they make .venv when it is missing.
+SHELL := /bin/bash
+# PyTorch's CPU build is not on every machine there for every Python: the pinned one is sure to be there for 3.11.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+BIN := .venv/bin
+PYTEST_ARGS ?=
+
+.PHONY: help .venv demo test lint
+help:
+	@echo "make demo    serve a tiny model with an AHN and ask it something longer than its window"
+	@echo "make test    ruff, mypy and pytest"
+	@echo "make .venv   the environment of both, from requirements/"
+
+.venv: $(BIN)/vllm-ahn
+
+# The last thing that is installed, so it is missing as well when an earlier attempt was cut short.
+$(BIN)/vllm-ahn:
+	@echo "making .venv with $(PYTHON) (some minutes)"
+	@requirements/make-venv.sh .venv "$(PYTHON)"
+
+demo: $(BIN)/vllm-ahn
+	@$(BIN)/python examples/demo.py
+
+lint: $(BIN)/vllm-ahn
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,0 +1,16 @@
+"""The compressed memory's recurrence, three ways: token loop, one token a sequence, chunk-parallel.
+
+Every function here computes, for one sequence and one query head (``M`` is ``[Dk, Dv]``):
+
+    M <- exp(g) M;   u = b (v - (M^T k if delta else 0));   M <- M + k u^T;   o = scale * M^T q
+
+`naive` is the oracle the others are compared with. Keys and values are shared by the ``H / Hkv`` query
+heads of a group, decays ``g``, rates ``b`` and states are per query head.
+"""
+
+from .chunk import chunk_recurrence
+from .naive import naive_recurrence
+from .norm import l2_normalize
+from .step import recurrent_step
+
+__all__ = ["chunk_recurrence", "l2_normalize", "naive_recurrence", "recurrent_step"]

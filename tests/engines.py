@@ -1,0 +1,73 @@
+"""Engines for tests: the real one, started in this process through the ways that users have."""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "block_size": 32,
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "kv_cache_memory_bytes": 64 << 20,
+    "distributed_executor_backend": "uni",
+    "skip_tokenizer_init": True,
+    "max_logprobs": -1,
+    "disable_log_stats": False,
+}
+
+
+@contextlib.contextmanager
+def engine(base: Any, ahn: Any = None, **arguments: Any) -> Iterator[LLM]:
+    """An engine over the model folder ``base``; ``ahn`` is what a user gives as ``additional_config["ahn"]``."""
+    if ahn is not None:
+        arguments["additional_config"] = {"ahn": ahn}
+    llm = LLM(model=str(base), **(DEFAULTS | arguments))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(
+    llm: LLM, prompts: Sequence[Sequence[int] | torch.Tensor], max_tokens: int, logprobs: int | None = None
+) -> list[tuple[list[int], torch.Tensor | None]]:
+    """Greedy continuations of token prompts, all submitted at once.
+
+    Returns:
+        For each prompt its tokens and, if ``logprobs`` is -1, ``[max_tokens, vocab]`` of what the engine reports.
+    """
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
+    inputs = [{"prompt_token_ids": torch.as_tensor(prompt).tolist()} for prompt in prompts]
+    outputs = [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
+    return [(list(output.token_ids), _dense(output.logprobs)) for output in outputs]
+
+
+def _dense(logprobs: Any) -> torch.Tensor | None:
+    if not logprobs:
+        return None
+    return torch.tensor([[step[token].logprob for token in range(len(step))] for step in logprobs])
+
+
+def metric(llm: LLM, name: str) -> float:
+    """The engine's own counter or gauge ``name``."""
+    return next(float(m.value) for m in llm.get_metrics() if m.name == name)
+
+
+def cache_manager(llm: LLM) -> Any:
+    """The scheduler's KV cache manager of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+
+
+def worker_layers(llm: LLM) -> dict[str, Any]:
+    """The worker's layers that have a cache, by name."""
+    return llm.llm_engine.vllm_config.compilation_config.static_forward_context

@@ -1,0 +1,145 @@
+"""What AHN cannot do is refused by name, on the arguments and on whole configurations alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from vllm import EngineArgs
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as LOADERS
+from vllm.model_executor.model_loader import DefaultModelLoader
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.plugins import load_general_plugins
+
+from vllm_ahn import AHNError, features
+from vllm_ahn.features import Wanted
+from vllm_ahn.models import MODEL_CLASSES
+from vllm_ahn.tiny import TinyPaths, make_tiny
+
+load_general_plugins()
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"speculation": True}, "speculative decoding"),
+    ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
+    ({"prefill_context_parallel_size": 4}, "--prefill-context-parallel-size 4"),
+    ({"kv_connector": "SomeConnector"}, r"KV connectors.*\(SomeConnector\)"),
+    ({"kv_offloading_size": 2.0}, "--kv-offloading-size 2"),
+    ({"cache_dtype": "fp8_e4m3"}, "quantised KV cache.*'fp8_e4m3'"),
+    ({"cache_dtype": "bfloat16", "model_dtype": "float32"}, "another dtype.*'bfloat16'.*float32"),
+    ({"second_source": True, "load_format": "tensorizer"}, "load format 'tensorizer'"),
+    ({"second_source": True, "load_format": "bitsandbytes"}, "load format 'bitsandbytes'"),
+    ({"block_size": 8}, "blocks of 8 tokens"),
+    ({"block_size": 24}, "blocks of 24 tokens"),
+    ({"block_size": 256}, "blocks of 256 tokens"),
+    ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+    ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+    ({"microbatches": True}, "microbatching"),
+    ({"model_impl": "transformers"}, "--model-impl is 'transformers'"),
+    ({"runner": "pooling"}, "--runner is 'pooling'"),
+    ({"convert": "embed"}, "--convert is 'embed'"),
+]
+
+ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+    ({"spec_method": "ngram", "spec_tokens": 2}, "speculative decoding"),
+    ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+    ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+    ({"kv_offloading_size": 1}, "KV offloading"),
+    ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
+    ({"load_format": "sharded_state"}, "load format 'sharded_state'"),
+    ({"block_size": 8}, "blocks of 8 tokens"),
+    ({"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
+    ({"kv_sharing_fast_prefill": True}, "KV sharing"),
+    ({"enable_dbo": True}, "microbatching"),
+    ({"ubatch_size": 2}, "microbatching"),
+    ({"model_impl": "transformers"}, "--model-impl"),
+    ({"runner": "pooling"}, "text generation only"),
+    ({"convert": "embed"}, "text generation only"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPaths:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def engine_args(tiny: TinyPaths, **arguments: Any) -> EngineArgs:
+    extra = {"ahn": {"checkpoint": str(tiny.ahn), "window": 24, "sinks": 8}}
+    return EngineArgs(model=str(tiny.base), additional_config=extra, **arguments)
+
+
+@pytest.mark.parametrize(("change", "pattern"), REFUSED)
+def test_refused(change: dict[str, Any], pattern: str) -> None:
+    features.check(Wanted())
+    with pytest.raises(AHNError, match=pattern) as caught:
+        features.check(Wanted(**change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_size": 16},
+        {"block_size": 128},
+        {"cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
+        {"second_source": True, "load_format": "dummy"},
+        {"load_format": "sharded_state"},  # of a merged model, which has no second source
+        {"runner": "auto", "convert": "auto"},
+        {"model_impl": "vllm"},
+    ],
+)
+def test_not_refused(change: dict[str, Any]) -> None:
+    features.check(Wanted(**change))
+
+
+@pytest.mark.parametrize(("arguments", "pattern"), ARGUMENTS)
+def test_refused_on_the_arguments(tiny: TinyPaths, arguments: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(AHNError, match=pattern):
+        engine_args(tiny, **arguments).create_engine_config()
+
+
+def test_refused_by_the_whole_configuration_alone(tiny: TinyPaths) -> None:
+    """What the arguments do not show yet; the sentence comes out of pydantic's report as it went in."""
+    with pytest.raises(AHNError, match=r"^AHN does not work with a KV cache of another dtype"):
+        engine_args(tiny, dtype="float32", kv_cache_dtype="bfloat16").create_engine_config()
+
+
+def test_the_hook_sees_configurations_that_no_argument_led_to(tiny: TinyPaths) -> None:
+    config = engine_args(tiny).create_engine_config()
+    hook = MODELS_CONFIG_MAP[config.model_config.architecture]
+    hook.verify_and_update_config(config)
+    config.cache_config.cache_dtype = "fp8"
+    with pytest.raises(AHNError, match="quantised KV cache"):
+        hook.verify_and_update_config(config)
+    config.cache_config.cache_dtype = "auto"
+    config.additional_config = {}
+    with pytest.raises(AHNError, match="AHNQwen2ForCausalLM is chosen by vllm-ahn itself"):
+        hook.verify_and_update_config(config)
+
+
+def test_every_ahn_model_has_the_hook() -> None:
+    assert all("AHN" in MODELS_CONFIG_MAP[architecture].__name__ for architecture in MODEL_CLASSES)
+
+
+def test_the_block_size_that_the_platform_chooses_is_accepted(tiny: TinyPaths) -> None:
+    config = engine_args(tiny).create_engine_config()
+    assert config.cache_config.block_size in features.BLOCK_SIZES
+
+
+def test_load_formats_are_those_of_the_default_loader() -> None:
+    """Every other loader of vLLM reads the model's own weights only, so it must be among the refused."""
+    accepted = {name for name in LOADERS if not list(features.refusals(Wanted(second_source=True, load_format=name)))}
+    default = {name for name, loader in LOADERS.items() if loader is DefaultModelLoader}
+    assert accepted - {"dummy"} <= default
+    assert {"auto", "safetensors", "dummy"} <= accepted
+
+
+def test_wanted_reads_every_field_from_both_sides(tiny: TinyPaths) -> None:
+    args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32")
+    config = args.create_engine_config()
+    ours, theirs = Wanted.from_engine_args(args), Wanted.from_vllm_config(config)
+    decided = {"model_dtype": "float32", "runner": "generate", "convert": "none"}
+    assert theirs == dataclasses.replace(ours, **decided)
+    assert ours.second_source
+    assert ours.block_size == 32

@@ -1,0 +1,44 @@
+"""The ``vllm-ahn`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_ahn import __version__, doctor, inspect, tiny
+from vllm_ahn.errors import AHNError
+
+_COMMANDS = (
+    ("doctor", doctor, "say what is installed here, whether vLLM loads the AHN plugin, and what works"),
+    (
+        "inspect",
+        inspect,
+        "describe an AHN checkpoint: memory, shapes, parameters, base, and what serving would use",
+    ),
+    ("make-tiny", tiny, "write a small random base model with tokenizer, and an AHN checkpoint for it"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one sub-command and returns the exit code: 1 for bad input and for what doctor finds broken."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-ahn",
+        description="Artificial Hippocampus Networks in vLLM. To serve: vllm serve BASE --ahn CKPT.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module, summary in _COMMANDS:
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except AHNError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

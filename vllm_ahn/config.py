@@ -1,0 +1,135 @@
+"""What an AHN is served with: the checkpoint's options and the two lengths that the user may set."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_ahn.errors import AHNError
+
+DEFAULT_WINDOW = 32640
+"""W, tokens: the window of the paper's evaluation, 32,768 lossless tokens less the sinks."""
+
+DEFAULT_SINKS = 128
+"""S, tokens: the attention sinks of the paper's evaluation."""
+
+MAX_LENGTH = 2**30
+"""The largest window and the largest number of sinks, tokens: positions are 32-bit in the kernels."""
+
+MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
+"""The values that ``_ahn_implementation`` may have in a checkpoint's ``config.json``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AHNConfig:
+    """One AHN as it is served. Every field is checked on construction; raises `AHNError` for what cannot
+    be."""
+
+    memory: str
+    """Which recurrence compresses what leaves the window: one of `MEMORIES` (``_ahn_implementation``)."""
+
+    window: int = DEFAULT_WINDOW
+    """W, tokens, at least 1: a query sees itself and the W - 1 tokens before it."""
+
+    sinks: int = DEFAULT_SINKS
+    """S, tokens, at least 0: the first S tokens stay visible for ever and are never absorbed."""
+
+    checkpoint: str | None = None
+    """The AHN checkpoint, a folder or hub repository without ``@revision``; None: merged into the base."""
+
+    revision: str | None = None
+    """The revision of the hub repository `checkpoint`, None for its default branch."""
+
+    use_q_proj: bool = False
+    """The memory is read with a query projection of its own (GatedDeltaNet only)."""
+
+    use_router: bool = False
+    """A learnt gate per head weighs the memory against the window (``use_ahn_router``)."""
+
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers, ascending from 0, that keep plain full attention (``fa_layer_ids``)."""
+
+    def __post_init__(self) -> None:
+        if self.memory not in MEMORIES:
+            raise AHNError(f"ahn: memory is {self.memory!r}, expected one of {', '.join(MEMORIES)}")
+        check_window(self.window)
+        check_sinks(self.sinks)
+        for name in ("checkpoint", "revision"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise AHNError(f"ahn: {name} is {value!r}, expected a non-empty string or None")
+        if self.checkpoint is None and self.revision is not None:
+            raise AHNError(f"ahn: revision is {self.revision!r}, but there is no checkpoint that it could belong to")
+        for name in ("use_q_proj", "use_router"):
+            if not isinstance(getattr(self, name), bool):
+                raise AHNError(f"ahn: {name} is {getattr(self, name)!r}, expected true or false")
+        if self.use_q_proj and self.memory != "GatedDeltaNet":
+            raise AHNError(f"ahn: use_q_proj is for GatedDeltaNet only, but memory is {self.memory}")
+        layers = self.full_attention_layers
+        if not isinstance(layers, tuple) or not all(_is_int(n) and n >= 0 for n in layers):
+            raise AHNError(f"ahn: full_attention_layers is {layers!r}, expected a tuple of layer numbers from 0")
+        if list(layers) != sorted(set(layers)):
+            raise AHNError(f"ahn: full_attention_layers is {layers!r}, expected ascending numbers, each once")
+
+    @property
+    def capacity(self) -> int:
+        """W + S: how many tokens a sequence can have before the memory is used."""
+        return self.window + self.sinks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the field names; `from_dict` gives the same config back."""
+        values = dataclasses.asdict(self)
+        values["full_attention_layers"] = list(self.full_attention_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AHNConfig:
+        """The config that `to_dict` wrote. Raises `AHNError` for an unknown key, a missing one or a wrong
+        type."""
+        if not isinstance(values, Mapping):
+            raise AHNError(f"ahn: a resolved configuration is expected to be a dict, but is {values!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [repr(key) for key in values if key not in known]
+        if unknown:
+            raise AHNError(f"ahn: unknown key {', '.join(unknown)}, expected only {', '.join(known)}")
+        if "memory" not in values:
+            raise AHNError(f"ahn: memory is missing, expected one of {', '.join(MEMORIES)}")
+        arguments = dict(values)
+        if isinstance(arguments.get("full_attention_layers"), list):
+            arguments["full_attention_layers"] = tuple(arguments["full_attention_layers"])
+        return cls(**arguments)
+
+
+def check_window(value: object) -> int:
+    """`value` if it can be W (tokens, an int of at least 1), else raises `AHNError`."""
+    return _check_length("window", value, 1)
+
+
+def check_sinks(value: object) -> int:
+    """`value` if it can be S (tokens, an int of at least 0), else raises `AHNError`."""
+    return _check_length("sinks", value, 0)
+
+
+def parse_length(value: object) -> object:
+    """The int that a string of decimal digits spells, anything else as it is, for `check_window` and
+    `check_sinks`.
+
+    Command lines and environment variables have only strings, so a number in quotes means the number.
+    """
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
+        return int(value)
+    return value
+
+
+def _check_length(name: str, value: object, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_LENGTH:
+        raise AHNError(
+            f"ahn: {name} (--ahn-{name}) is {value!r}, expected a whole number of tokens from {least} to {MAX_LENGTH:,}"
+        )
+    return value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

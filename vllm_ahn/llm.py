@@ -1,0 +1,42 @@
+"""`vllm.LLM` with the AHN arguments spelt out, and with the certainty that the plugin is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+
+from vllm_ahn import plugin, setting
+
+
+class LLM(vllm.LLM):
+    """`vllm.LLM` for a base model with an AHN; everything not named here is passed on to it.
+
+    Raises `AHNError` for bad input, for a `model` without an AHN of its own when `ahn` is not given, and
+    where vLLM does not load the AHN plugin, which plain ``vllm.LLM(additional_config=...)`` cannot notice.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        ahn: str | None = None,
+        ahn_window: int | None = None,
+        ahn_sinks: int | None = None,
+        additional_config: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            model: base model, or a model with the AHN merged in: a folder or a Hugging Face repository.
+            ahn: AHN checkpoint: a folder or a Hugging Face repository with an optional ``@revision``.
+            ahn_window: W, tokens that a query sees exactly, itself included; 32640 if not given.
+            ahn_sinks: S, tokens at the start that stay visible beside the window; 128 if not given.
+            additional_config: vLLM's, in which these three are put under ``"ahn"``.
+            kwargs: any other argument of `vllm.LLM`.
+        """
+        plugin.require()
+        extra = setting.with_flags(additional_config or {}, checkpoint=ahn, window=ahn_window, sinks=ahn_sinks)
+        # An empty wish is one that only a merged model can grant: never the plain model in its place.
+        extra = {**extra, "ahn": extra.get("ahn") or {}}
+        super().__init__(model, additional_config=extra, **kwargs)

@@ -1,0 +1,72 @@
+"""What decoder and memory both need: RMS norm, rotary embedding, windowed attention."""
+
+import torch
+from torch import nn
+
+# Scores of one block of queries, elements: 64 MB in float32.
+SCORE_ELEMENTS = 1 << 24
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, or float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = at_least_float32(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary embedding of ``x [B, T, heads, D]`` at absolute ``positions [T]``; halves are paired.
+
+    Angles are computed in float32 whatever the dtype of `x`, as base models and vLLM do: at position
+    100,000 their rounding is part of the model.
+    """
+    dim = x.shape[-1]
+    frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
+    angle = positions.float()[:, None, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None, sinks: int
+) -> torch.Tensor:
+    """Softmax attention of queries at ``t = start, ...`` over ``{j <= t: t - j < window or j < sinks}``.
+
+    ``q [B, T, H, D]``; ``k`` and ``v`` ``[B, start + T, Hkv, D]`` hold every token from position 0.
+    ``window`` counts the query's own token; None means all earlier tokens. Scale ``D^-1/2``. Returns
+    ``[B, T, H, D]``. Queries are taken in blocks and only the keys that a block can see are touched, so that
+    memory grows with ``window + sinks``, not with the square of the length.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    total = start + length
+    window = total if window is None else min(window, total)
+    sinks = min(sinks, total)
+    block = max(1, min(512, SCORE_ELEMENTS // (batch * heads * (window + sinks))))
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    outputs = []
+    for first in range(0, length, block):
+        last = min(length, first + block)
+        low = min(max(start + first - window + 1, sinks), start + last)
+        seen = torch.cat((torch.arange(sinks, device=q.device), torch.arange(low, start + last, device=q.device)))
+        at = torch.arange(start + first, start + last, device=q.device)[:, None]
+        visible = (seen <= at) & ((at - seen < window) | (seen < sinks))
+        keys = torch.cat((k[:, :sinks], k[:, low : start + last]), dim=1)
+        values = torch.cat((v[:, :sinks], v[:, low : start + last]), dim=1)
+        scores = at_least_float32(torch.einsum("btkgd,bskd->bkgts", q[:, first:last], keys)) * dim**-0.5
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(values.dtype)
+        outputs.append(torch.einsum("bkgts,bskd->btkgd", weights, values))
+    return torch.cat(outputs, dim=1).reshape(batch, length, heads, dim)

@@ -1,0 +1,94 @@
+"""Reference models from checkpoint folders, with no help from the engine's loader."""
+
+import json
+import pathlib
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig
+from vllm_ahn.errors import AHNError
+
+from .model import BaseConfig, ReferenceModel
+
+PathLike = str | pathlib.Path
+
+
+def from_folders(
+    base: PathLike,
+    ahn: PathLike | None = None,
+    window: int = DEFAULT_WINDOW,
+    sinks: int = DEFAULT_SINKS,
+    recurrence: str = "chunk",
+    dtype: torch.dtype = torch.float32,
+) -> ReferenceModel:
+    """The base model in folder `base` with the AHN in folder `ahn`, in evaluation mode.
+
+    ``ahn=None``: the AHN merged in `base` if its config has one, else the plain base with full attention.
+    `window` (W) and `sinks` (S) are tokens. ``A_log`` and ``dt_bias`` stay float32 when `dtype` is narrower.
+    Raises `AHNError` if a folder lacks a config or weights, or the tensors are not exactly the model's.
+    """
+    base_config = _read_config(base)
+    tensors = _read_tensors(base)
+    ahn_config = base_config
+    if ahn is not None:
+        ahn_config = _read_config(ahn)
+        tensors.update(_read_tensors(ahn))
+    options = None
+    if ahn is not None or "_ahn_implementation" in base_config:
+        options = AHNConfig(
+            memory=ahn_config.get("_ahn_implementation", ""),
+            window=window,
+            sinks=sinks,
+            checkpoint=None if ahn is None else str(ahn),
+            use_q_proj=bool(ahn_config.get("use_q_proj", False)),
+            use_router=bool(ahn_config.get("use_ahn_router", False)),
+            full_attention_layers=_layer_numbers(ahn_config.get("fa_layer_ids")),
+        )
+    model = ReferenceModel(BaseConfig.from_dict(base_config), options, recurrence)
+    _load(model, tensors, " + ".join(str(folder) for folder in (base, ahn) if folder is not None))
+    model.to(dtype)
+    if dtype not in (torch.float32, torch.float64):
+        for name, parameter in model.named_parameters():
+            if name.endswith((".A_log", ".dt_bias")):
+                parameter.data = tensors[name].float()
+    return model.eval()
+
+
+def _load(model: ReferenceModel, tensors: dict[str, torch.Tensor], source: str) -> None:
+    # Published GatedDeltaNet checkpoints carry a tensor `D` that nothing uses; a tied head may be stored too.
+    dropped = "lm_head.weight" if model.base.tie_word_embeddings else None
+    tensors = {n: t for n, t in tensors.items() if not n.endswith(".ahn.fn.D") and n != dropped}
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    missing, surplus = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    for problem, names in (("missing", missing), ("surplus", surplus)):
+        if names:
+            raise AHNError(f"{source}: {problem} tensors {', '.join(sorted(names)[:5])} (of {len(names)})")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            found = tuple(tensors[name].shape)
+            raise AHNError(f"{source}: {name} has shape {found}, expected {tuple(shape)}")
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def _read_config(folder: PathLike) -> dict[str, Any]:
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise AHNError(f"{path}: no such file, expected the config of a checkpoint")
+    return json.loads(path.read_text())
+
+
+def _read_tensors(folder: PathLike) -> dict[str, torch.Tensor]:
+    paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise AHNError(f"{folder}: no *.safetensors, expected a checkpoint's weights")
+    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def _layer_numbers(value: Any) -> tuple[int, ...]:
+    """``fa_layer_ids``: "3,7", a list of numbers, "" or None."""
+    if not value:
+        return ()
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(sorted({int(part) for part in parts}))

@@ -1,0 +1,182 @@
+"""Which tensors an AHN checkpoint holds, and how many parameters they are, from names and shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from vllm_ahn.config import MEMORIES
+from vllm_ahn.errors import AHNError
+
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor name -> shape."""
+
+_HEAD_DIMS = {"qwen3": 128}  # what a config means that does not say, unless it means hidden / heads
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseShape:
+    """What an AHN has to know of the base model: it fits every base for which all six are the same."""
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def from_config(cls, hf_config: Any, label: str = "config.json") -> BaseShape:
+        """Reads a ``config.json`` (a mapping) or a Hugging Face config (an object); `label` names it in
+        errors.
+
+        Without a ``head_dim`` the head size is hidden / heads (Qwen2) or Qwen3's 128. Raises `AHNError` for a
+        field that is missing, is no positive whole number, or does not divide as attention needs.
+        """
+        model_type = _field(hf_config, "model_type")
+        if not isinstance(model_type, str) or not model_type:
+            raise AHNError(f"{label}: model_type is {_shown(model_type)}, expected the name of a model type")
+        layers, hidden, heads, kv_heads = (
+            _positive(hf_config, name, label)
+            for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+        )
+        if heads % kv_heads:
+            raise AHNError(
+                f"{label}: num_attention_heads is {heads}, expected a multiple of num_key_value_heads, {kv_heads}"
+            )
+        if _field(hf_config, "head_dim") not in (None, _MISSING):
+            head_dim = _positive(hf_config, "head_dim", label)
+        elif model_type in _HEAD_DIMS:
+            head_dim = _HEAD_DIMS[model_type]
+        elif hidden % heads:
+            raise AHNError(f"{label}: hidden_size is {hidden}, expected a multiple of num_attention_heads, {heads}")
+        else:
+            head_dim = hidden // heads
+        return cls(model_type, layers, hidden, heads, kv_heads, head_dim)
+
+
+class Options(Protocol):
+    """The checkpoint options that decide which tensors there are; `vllm_ahn.config.AHNConfig` has them."""
+
+    @property
+    def use_q_proj(self) -> bool: ...
+
+    @property
+    def use_router(self) -> bool: ...
+
+    @property
+    def full_attention_layers(self) -> tuple[int, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AHNOptions:
+    """`Options` as a ``config.json`` gives them; none, as in the published checkpoints, unless said
+    otherwise."""
+
+    use_q_proj: bool = False
+    use_router: bool = False
+    full_attention_layers: tuple[int, ...] = ()
+
+
+PUBLISHED_OPTIONS = AHNOptions()
+
+
+def expected_tensors(memory: str, shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> Shapes:
+    """Name and shape of every tensor that the AHN of `memory` needs, layer by layer. Reads and allocates
+    nothing."""
+    shapes: Shapes = {}
+    for layer in range(shape.num_hidden_layers):
+        if layer not in options.full_attention_layers:
+            shapes.update(_layer(layer, memory, shape, options))
+    return shapes
+
+
+def unused_tensors(memory: str, shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> Shapes:
+    """Tensors that a checkpoint may hold although nothing reads them: GatedDeltaNet's ``D`` [H] of each AHN
+    layer.
+
+    The module it was trained in makes this parameter and saves it, but no formula has it: nobody misses it
+    either.
+    """
+    if memory != "GatedDeltaNet":
+        return {}
+    layers = (n for n in range(shape.num_hidden_layers) if n not in options.full_attention_layers)
+    return {f"model.layers.{layer}.ahn.fn.D": (shape.num_attention_heads,) for layer in layers}
+
+
+def count_parameters(memory: str, shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> int:
+    """Parameters of an AHN, of all layers together, those of `unused_tensors` not counted.
+
+    These are the counts of the AHN paper's tables (arXiv 2510.07318). Counting GatedDeltaNet's unused ``D``
+    would add H a layer, at most 1,920 on the published sizes, and change none of the published figures.
+    """
+    return sum(math.prod(dims) for dims in expected_tensors(memory, shape, options).values())
+
+
+def state_bytes(shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> int:
+    """Bytes of one sequence's compressed memory: one float32 state [H, D, D] a layer that has an AHN."""
+    layers = shape.num_hidden_layers - len(options.full_attention_layers)
+    return layers * shape.num_attention_heads * shape.head_dim**2 * 4
+
+
+def is_ahn_tensor(name: str) -> bool:
+    """Whether a tensor of a merged checkpoint belongs to the AHN and not to the base."""
+    return ".ahn." in name or ".ahn_router." in name
+
+
+def _layer(layer: int, memory: str, shape: BaseShape, options: Options) -> Shapes:
+    heads, hidden, head_dim = shape.num_attention_heads, shape.hidden_size, shape.head_dim
+    projection, per_head = (heads, hidden), (heads,)
+    fn: Shapes
+    match memory:
+        case "GatedDeltaNet":
+            fn = {
+                "A_log": per_head,
+                "dt_bias": per_head,
+                "a_proj.weight": projection,
+                "b_proj.weight": projection,
+                "g_proj.weight": projection,
+                "o_norm.weight": (head_dim,),
+            }
+        case "DeltaNet":
+            fn = {"b_proj.weight": projection, "g_proj.weight": projection, "o_norm.weight": (head_dim,)}
+        case "Mamba2":
+            fn = {
+                "A_log": per_head,
+                "dt_bias": per_head,
+                "dt_proj.weight": projection,
+                "dt_proj.bias": per_head,
+                "g_proj.weight": projection,
+                "g_proj.bias": per_head,
+                "norm.weight": (heads * head_dim,),
+            }
+        case _:
+            raise AHNError(f"ahn: memory is {memory!r}, expected one of {', '.join(MEMORIES)}")
+    fn["o_proj.weight"] = (heads, head_dim, head_dim)
+    if options.use_q_proj:
+        fn["q_proj.weight"] = (heads, head_dim, head_dim)
+    shapes = {f"model.layers.{layer}.ahn.fn.{name}": dims for name, dims in fn.items()}
+    if options.use_router:
+        shapes[f"model.layers.{layer}.ahn_router.alpha"] = per_head
+        shapes[f"model.layers.{layer}.ahn_router.beta"] = per_head
+    return shapes
+
+
+def _field(hf_config: Any, name: str) -> Any:
+    if isinstance(hf_config, Mapping):
+        return hf_config.get(name, _MISSING)
+    return getattr(hf_config, name, _MISSING)
+
+
+def _positive(hf_config: Any, name: str, label: str) -> int:
+    value = _field(hf_config, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AHNError(f"{label}: {name} is {_shown(value)}, expected a positive whole number")
+    return value
+
+
+def _shown(value: object) -> str:
+    return "missing" if value is _MISSING else repr(value)

@@ -1,0 +1,116 @@
+"""Random weights of tiny checkpoints: scaled so that every layer passes on what it gets at about the same
+size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_ahn.safetensors_headers import INDEX_NAME
+from vllm_ahn.tensors import BaseShape, Options, expected_tensors, unused_tensors
+from vllm_ahn.tiny_tokenizer import unreadable_tokens
+
+Tensors = dict[str, torch.Tensor]
+
+_KEPT_FLOAT32 = (".A_log", ".dt_bias")  # exponents of the decay: bf16 would change how long a memory lasts
+
+
+def base_tensors(config: Mapping[str, Any], shape: BaseShape, seed: int) -> Tensors:
+    """A random Qwen2 or Qwen3 model of `config`, float32, under the names of its checkpoints."""
+    hidden, mlp, vocab = shape.hidden_size, config["intermediate_size"], config["vocab_size"]
+    q_size, kv_size = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    dims: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(shape.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            dims[f"{prefix}{name}.weight"] = (hidden,)
+        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            dims[f"{prefix}self_attn.{name}_proj.weight"] = (size, hidden)
+            if shape.model_type == "qwen2":
+                dims[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
+        if shape.model_type == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                dims[f"{prefix}self_attn.{name}.weight"] = (shape.head_dim,)
+        dims[f"{prefix}self_attn.o_proj.weight"] = (hidden, q_size)
+        dims |= {f"{prefix}mlp.{name}_proj.weight": (mlp, hidden) for name in ("gate", "up")}
+        dims[f"{prefix}mlp.down_proj.weight"] = (hidden, mlp)
+    head = "model.embed_tokens.weight"
+    if not config["tie_word_embeddings"]:
+        head = "lm_head.weight"
+        dims[head] = (vocab, hidden)
+    tensors = {name: _random(name, size, seed) for name, size in dims.items()}
+    # Logits of size 2 make greedy choices clear. A tied head must be small, or each token is its own best
+    # successor.
+    if config["tie_word_embeddings"]:
+        tensors[head] *= 0.5
+        tensors["model.norm.weight"] *= 4
+    else:
+        tensors[head] *= 2
+        tensors["model.embed_tokens.weight"] *= math.sqrt(hidden)
+    # Nearly at zero, a token is seldom chosen: answers are ASCII, and do not end at once.
+    tensors[head][unreadable_tokens(vocab)] *= 0.1
+    return tensors
+
+
+def ahn_tensors(memory: str, shape: BaseShape, options: Options, seed: int) -> Tensors:
+    """A random AHN in float32, with all the tensors of a published checkpoint, the unused ones among them."""
+    dims = expected_tensors(memory, shape, options) | unused_tensors(memory, shape, options)
+    return {name: _random(name, size, seed) for name, size in dims.items()}
+
+
+def write_weights(folder: pathlib.Path, tensors: Tensors, dtype: str, shards: int) -> None:
+    """Writes `tensors` in `dtype` (a name such as "bfloat16") to one file, or to `shards` files and their
+    index."""
+    target = getattr(torch, dtype)
+    cast = {
+        name: tensors[name].to(torch.float32 if name.endswith(_KEPT_FLOAT32) else target).contiguous()
+        for name in sorted(tensors)
+    }
+    # What an earlier call left here must not be read along with what this one writes.
+    for old in [*folder.glob("*.safetensors"), folder / INDEX_NAME]:
+        old.unlink(missing_ok=True)
+    if shards == 1:
+        save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for n in range(shards):
+        file = f"model-{n + 1:05}-of-{shards:05}.safetensors"
+        part = {name: cast[name] for name in list(cast)[n::shards]}
+        weight_map |= dict.fromkeys(part, file)
+        if part:
+            save_file(part, folder / file, metadata={"format": "pt"})
+    size = sum(tensor.numel() * tensor.element_size() for tensor in cast.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _random(name: str, dims: tuple[int, ...], seed: int) -> torch.Tensor:
+    # Seeded by its own name, a tensor does not depend on which others there are.
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    match name.rsplit(".", 1)[1]:
+        case "A_log":  # decay rates of 1/2 to 4 for each unit of time, so some heads forget soon and some late
+            return torch.empty(dims).uniform_(0.5, 4.0, generator=generator).log()
+        case "dt_bias":  # softplus(dt_bias), the unit of time, spread evenly in logarithm over 0.001 to 0.1 tokens
+            dt = torch.empty(dims).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+            return dt + torch.log(-torch.expm1(-dt))
+        case "D":
+            return torch.ones(dims)
+        case "alpha":
+            return torch.empty(dims).uniform_(0.2, 1.0, generator=generator)
+    values = torch.randn(dims, generator=generator)
+    if len(dims) == 1:
+        return 1 + 0.1 * values if name.endswith("norm.weight") else 0.2 * values
+    # [out, in] in a linear layer, [heads, in, out] in the memory's projections for each head.
+    gain = 0.5 if name.endswith("ahn.fn.o_proj.weight") else 1.0
+    return values * gain / math.sqrt(dims[1])
