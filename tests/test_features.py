@@ -38,6 +38,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_impl": "transformers"}, "--model-impl is 'transformers'"),
     ({"runner": "pooling"}, "--runner is 'pooling'"),
     ({"convert": "embed"}, "--convert is 'embed'"),
+    ({"lora": True}, "--enable-lora"),
+    ({"device_type": "cuda"}, "on CPUs only yet.*'cuda'"),
 ]
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
@@ -56,6 +58,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"model_impl": "transformers"}, "--model-impl"),
     ({"runner": "pooling"}, "text generation only"),
     ({"convert": "embed"}, "text generation only"),
+    ({"enable_lora": True}, "LoRA"),
 ]
 
 

@@ -45,6 +45,9 @@ class Wanted:
     disable_hybrid_kv_cache_manager: bool = False
     kv_sharing_fast_prefill: bool = False
     microbatches: bool = False
+    lora: bool = False
+    device_type: str = "cpu"
+    """What vLLM runs on in this environment, as its platform calls it."""
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Wanted:
@@ -70,6 +73,8 @@ class Wanted:
             disable_hybrid_kv_cache_manager=bool(args.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=args.kv_sharing_fast_prefill,
             microbatches=bool(args.enable_dbo) or args.ubatch_size > 1,
+            lora=args.enable_lora,
+            device_type=_device_type(),
         )
 
     @classmethod
@@ -95,11 +100,18 @@ class Wanted:
             disable_hybrid_kv_cache_manager=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
             microbatches=parallel.use_ubatching,
+            lora=config.lora_config is not None,
+            device_type=_device_type(),
         )
 
 
 def refusals(wanted: Wanted) -> Iterator[str]:
     """One sentence for each thing that is wanted and cannot be had."""
+    if wanted.device_type != "cpu":
+        yield (
+            f"AHN runs on CPUs only yet, and vLLM runs on {wanted.device_type!r} here: install vLLM's CPU build, or "
+            "serve the base model without --ahn"
+        )
     if wanted.speculation:
         yield (
             "AHN does not work with speculative decoding yet: a rejected token cannot be taken out of the "
@@ -155,6 +167,8 @@ def refusals(wanted: Wanted) -> Iterator[str]:
         yield "AHN does not work with KV sharing between layers: leave out --kv-sharing-fast-prefill"
     if wanted.microbatches:
         yield "AHN does not work with microbatching yet: leave out --enable-dbo and --ubatch-size"
+    if wanted.lora:
+        yield "AHN does not work with LoRA yet: leave out --enable-lora"
     if wanted.model_impl not in ("auto", "vllm"):
         yield (
             f"AHN is implemented for vLLM's own models: --model-impl is {wanted.model_impl!r}, expected "
@@ -206,6 +220,12 @@ def ahn_setting(additional_config: Any) -> Any:
 def is_resolved(setting: Any) -> bool:
     """Whether `setting` is an `AHNConfig.to_dict()`: only these have the key ``memory``."""
     return isinstance(setting, dict) and "memory" in setting
+
+
+def _device_type() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
 
 
 def _names_checkpoint(setting: Any) -> bool:

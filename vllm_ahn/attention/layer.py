@@ -53,7 +53,7 @@ class AHNAttention(nn.Module, AttentionLayerBase):
         self.layer_name = prefix
         # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
         self._parts = (memory, router)
-        self.pages: WindowPages | None = None
+        self.kv_cache = torch.tensor([])
         _register(self, prefix)
         self.state = AHNState(self, f"{prefix}.state")
 
@@ -165,9 +165,17 @@ class AHNAttention(nn.Module, AttentionLayerBase):
             vllm_config=vllm_config,
         )
 
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        super().bind_kv_cache(kv_cache)
-        self.pages = WindowPages(kv_cache, self.window_layout(kv_cache.shape[2], kv_cache.dtype))
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The window pages as vLLM binds them; empty before, and again once it takes them back."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: torch.Tensor) -> None:
+        self._kv_cache = kv_cache
+        self.pages: WindowPages | None = None
+        if kv_cache.numel():
+            self.pages = WindowPages(kv_cache, self.window_layout(kv_cache.shape[2], kv_cache.dtype))
 
 
 class AHNState(AttentionLayerBase):
@@ -176,9 +184,8 @@ class AHNState(AttentionLayerBase):
     def __init__(self, window_layer: AHNAttention, prefix: str) -> None:
         self.num_heads = window_layer.num_heads
         self.layer_name = prefix
-        self.kv_cache = torch.tensor([])
-        self.pages: StatePages | None = None
         self._window_layer = window_layer
+        self.kv_cache = torch.tensor([])
         _register(self, prefix)
 
     def get_attn_backend(self) -> type[AHNStateBackend]:
@@ -195,10 +202,18 @@ class AHNState(AttentionLayerBase):
             capacity=self._window_layer.config.capacity,
         )
 
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        super().bind_kv_cache(kv_cache)
-        page_bytes = kv_cache[0].numel() * kv_cache.element_size()
-        self.pages = StatePages(kv_cache, self._state_layout(page_bytes))
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The state pages as vLLM binds them; empty before, and again once it takes them back."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: torch.Tensor) -> None:
+        self._kv_cache = kv_cache
+        self.pages: StatePages | None = None
+        if kv_cache.numel():
+            page_bytes = kv_cache[0].numel() * kv_cache.element_size()
+            self.pages = StatePages(kv_cache, self._state_layout(page_bytes))
 
     def _state_layout(self, page_bytes: int) -> StatePageLayout:
         return StatePageLayout(self.num_heads, self._window_layer.head_size, page_bytes)

@@ -14,7 +14,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
+from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
@@ -101,7 +101,7 @@ class AHNDecoderLayer(nn.Module):
                 # RoPE may work in place, so the memory's query is taken from the raw one before it.
                 by_head = raw_query.unflatten(-1, (attention.num_heads, attention.head_dim))
                 memory_query = memory.q_proj(by_head).flatten(-2)
-                memory_query, _ = attention.rotary_emb(positions, memory_query, torch.empty_like(key))
+                memory_query, _ = attention.rotary_emb(positions, memory_query)
         query = raw_query
         if hasattr(attention, "q_norm"):
             query = _norm_by_head(query, attention.q_norm, attention.head_dim)
@@ -117,7 +117,7 @@ def _norm_by_head(x: torch.Tensor, norm: nn.Module, head_dim: int) -> torch.Tens
     return norm(x.unflatten(-1, (-1, head_dim))).flatten(-2)
 
 
-class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
+class AHNForCausalLM(nn.Module, SupportsPP):
     """A causal language model over a base's ``Model`` class, with AHN tensors from a second source.
 
     Subclasses set :attr:`model_class`.
@@ -128,10 +128,6 @@ class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
-    }
-    embedding_modules: ClassVar[dict[str, str]] = {
-        "embed_tokens": "input_embeddings",
-        "lm_head": "output_embeddings",
     }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
