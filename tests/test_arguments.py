@@ -18,7 +18,8 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_ahn
-from vllm_ahn import AHNConfig, AHNError, overrides, setting
+from vllm_ahn import AHNConfig, AHNError
+from vllm_ahn.plugin import overrides, setting
 from vllm_ahn.tiny import TinyPaths, make_tiny
 
 load_general_plugins()

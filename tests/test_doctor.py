@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ahn import compat, doctor, plugin
+from vllm_ahn import plugin
+from vllm_ahn.commands import doctor
 from vllm_ahn.errors import AHNError
+from vllm_ahn.plugin import compat
 
 
 def run_doctor(**environment: str) -> tuple[int, str]:
@@ -95,7 +97,7 @@ def test_register_fails_with_a_sentence_and_may_be_tried_again(monkeypatch: pyte
         with pytest.raises(AHNError, match=r"vLLM 0\.40\.0"):
             plugin.register()
     with monkeypatch.context() as wrong:
-        wrong.setattr("vllm_ahn.features.install", lambda: 1 / 0)
+        wrong.setattr("vllm_ahn.plugin.features.install", lambda: 1 / 0)
         with pytest.raises(AHNError, match="could not be loaded: ZeroDivisionError"):
             plugin.register()
     assert not plugin.is_registered()

@@ -12,9 +12,10 @@ from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.plugins import load_general_plugins
 
-from vllm_ahn import AHNError, features
-from vllm_ahn.features import Wanted
+from vllm_ahn import AHNError
 from vllm_ahn.models import MODEL_CLASSES
+from vllm_ahn.plugin import features
+from vllm_ahn.plugin.features import Wanted
 from vllm_ahn.tiny import TinyPaths, make_tiny
 
 load_general_plugins()

@@ -16,7 +16,8 @@ import pytest
 
 import vllm_ahn
 import vllm_ahn.kernels
-from vllm_ahn import compat, plugin
+from vllm_ahn import plugin
+from vllm_ahn.plugin import compat
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ("vllm_ahn", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -113,7 +114,7 @@ def test_entry_points() -> None:
     [point] = [point for point in entry_points(group=plugin.GROUP) if point.name == plugin.NAME]
     assert point.load() is plugin.register
     [script] = [s for s in entry_points(group="console_scripts") if s.name == "vllm-ahn"]
-    assert script.value == "vllm_ahn.cli:main"
+    assert script.value == "vllm_ahn.commands:main"
 
 
 def test_metadata() -> None:

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors import safe_open
 
-from vllm_ahn.config import AHNConfig
-from vllm_ahn.errors import AHNError
-from vllm_ahn.tensors import (
+from vllm_ahn.checkpoint.tensors import (
     AHNOptions,
     BaseShape,
     count_parameters,
@@ -18,6 +16,8 @@ from vllm_ahn.tensors import (
     state_bytes,
     unused_tensors,
 )
+from vllm_ahn.config import AHNConfig
+from vllm_ahn.errors import AHNError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 QWEN2_5 = {

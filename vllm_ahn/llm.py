@@ -6,7 +6,8 @@ from typing import Any
 
 import vllm
 
-from vllm_ahn import plugin, setting
+from vllm_ahn import plugin
+from vllm_ahn.plugin import setting
 
 
 class LLM(vllm.LLM):

@@ -4,6 +4,9 @@ For vLLM it is two layers: the lossless memory under the attention's own name, a
 each has a cache spec, a manager and a block table of its own.
 """
 
+from abc import abstractmethod
+from typing import Generic, TypeVar
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -18,8 +21,41 @@ from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.memory import MEMORY_CLASSES, Memory, Router
 
+Pages = TypeVar("Pages", WindowPages, StatePages)
 
-class AHNAttention(nn.Module, AttentionLayerBase):
+
+class PagedLayer(AttentionLayerBase, Generic[Pages]):
+    """A layer in vLLM's eyes: it has a name, a spec, a cache that vLLM binds and takes back, and views of its pages."""
+
+    layer_name: str
+    pages: Pages | None
+    """Views of the cache; None while vLLM has none bound."""
+
+    def register(self, prefix: str) -> None:
+        """Make the layer known to vLLM's runner, which asks it for its spec and hands it cache and metadata."""
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        if prefix in layers:
+            raise ValueError(f"Duplicate layer name: {prefix}")
+        layers[prefix] = self
+        self.layer_name = prefix
+        self.kv_cache = torch.tensor([])
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """All pages of the layer as vLLM binds them, ``[num_blocks, ...]``; empty while it has none bound."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: torch.Tensor) -> None:
+        self._kv_cache = kv_cache
+        self.pages = self.view_pages(kv_cache) if kv_cache.numel() else None
+
+    @abstractmethod
+    def view_pages(self, kv_cache: torch.Tensor) -> Pages:
+        """The pages of a cache just bound."""
+
+
+class AHNAttention(nn.Module, PagedLayer[WindowPages]):
     """Sliding-window attention with sinks, plus what a compressed memory adds past ``W + S`` tokens.
 
     Args:
@@ -50,11 +86,9 @@ class AHNAttention(nn.Module, AttentionLayerBase):
         self.head_size = head_size
         self.scale = scale
         self.config = config
-        self.layer_name = prefix
         # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
         self._parts = (memory, router)
-        self.kv_cache = torch.tensor([])
-        _register(self, prefix)
+        self.register(prefix)
         self.state = AHNState(self, f"{prefix}.state")
 
     @property
@@ -165,28 +199,17 @@ class AHNAttention(nn.Module, AttentionLayerBase):
             vllm_config=vllm_config,
         )
 
-    @property
-    def kv_cache(self) -> torch.Tensor:
-        """The window pages as vLLM binds them; empty before, and again once it takes them back."""
-        return self._kv_cache
-
-    @kv_cache.setter
-    def kv_cache(self, kv_cache: torch.Tensor) -> None:
-        self._kv_cache = kv_cache
-        self.pages: WindowPages | None = None
-        if kv_cache.numel():
-            self.pages = WindowPages(kv_cache, self.window_layout(kv_cache.shape[2], kv_cache.dtype))
+    def view_pages(self, kv_cache: torch.Tensor) -> WindowPages:
+        return WindowPages(kv_cache, self.window_layout(kv_cache.shape[2], kv_cache.dtype))
 
 
-class AHNState(AttentionLayerBase):
+class AHNState(PagedLayer[StatePages]):
     """The compressed memory's place among vLLM's layers: a name, a spec, and the pages."""
 
     def __init__(self, window_layer: AHNAttention, prefix: str) -> None:
         self.num_heads = window_layer.num_heads
-        self.layer_name = prefix
         self._window_layer = window_layer
-        self.kv_cache = torch.tensor([])
-        _register(self, prefix)
+        self.register(prefix)
 
     def get_attn_backend(self) -> type[AHNStateBackend]:
         return AHNStateBackend
@@ -202,26 +225,9 @@ class AHNState(AttentionLayerBase):
             capacity=self._window_layer.config.capacity,
         )
 
-    @property
-    def kv_cache(self) -> torch.Tensor:
-        """The state pages as vLLM binds them; empty before, and again once it takes them back."""
-        return self._kv_cache
-
-    @kv_cache.setter
-    def kv_cache(self, kv_cache: torch.Tensor) -> None:
-        self._kv_cache = kv_cache
-        self.pages: StatePages | None = None
-        if kv_cache.numel():
-            page_bytes = kv_cache[0].numel() * kv_cache.element_size()
-            self.pages = StatePages(kv_cache, self._state_layout(page_bytes))
+    def view_pages(self, kv_cache: torch.Tensor) -> StatePages:
+        page_bytes = kv_cache[0].numel() * kv_cache.element_size()
+        return StatePages(kv_cache, self._state_layout(page_bytes))
 
     def _state_layout(self, page_bytes: int) -> StatePageLayout:
         return StatePageLayout(self.num_heads, self._window_layer.head_size, page_bytes)
-
-
-def _register(layer: AttentionLayerBase, prefix: str) -> None:
-    """Make a layer known to vLLM's runner, which asks it for its spec, binds its cache and hands it its metadata."""
-    layers = get_current_vllm_config().compilation_config.static_forward_context
-    if prefix in layers:
-        raise ValueError(f"Duplicate layer name: {prefix}")
-    layers[prefix] = layer

@@ -1,7 +1,7 @@
 """Who holds which block: the scheduler's side of the two memories."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
@@ -134,17 +134,6 @@ class AHNStateManager(SingleTypeKVCacheManager):
         return blocks
 
     @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: BlockHashList,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
-        kv_cache_spec: KVCacheSpec,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """States are not cached, and vLLM asks only specs that are."""
+    def find_longest_cache_hit(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """States are not cached, and vLLM asks only managers of specs that are."""
         raise NotImplementedError("the compressed memory takes no part in prefix caching")

@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_ahn import __version__, doctor, inspect, tiny
+from vllm_ahn import __version__, tiny
+from vllm_ahn.commands import doctor, inspect
 from vllm_ahn.errors import AHNError
 
 _COMMANDS = (

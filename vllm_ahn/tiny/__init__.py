@@ -14,11 +14,11 @@ import pathlib
 import sys
 from typing import Any
 
-from vllm_ahn.checkpoint_config import LAYER_IMPLEMENTATIONS, read_options
+from vllm_ahn.checkpoint.options import LAYER_IMPLEMENTATIONS, read_options
+from vllm_ahn.checkpoint.tensors import BaseShape
 from vllm_ahn.config import MEMORIES
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tensors import BaseShape
-from vllm_ahn.tiny_tokenizer import count_tokens, write_tokenizer
+from vllm_ahn.tiny.tokenizer import count_tokens, write_tokenizer
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -116,10 +116,10 @@ def make_tiny(
     ahn_config |= {"use_q_proj": use_q_proj, "use_ahn_router": use_router, "fa_layer_ids": fa_layer_ids}
     options = read_options(ahn_config, shape, "make-tiny")
 
-    from vllm_ahn import tiny_weights
+    from vllm_ahn.tiny import weights
 
-    base = tiny_weights.base_tensors(config, shape, seed)
-    ahn = tiny_weights.ahn_tensors(memory, shape, options, seed)
+    base = weights.base_tensors(config, shape, seed)
+    ahn = weights.ahn_tensors(memory, shape, options, seed)
     folder = pathlib.Path(folder)
     if merged:
         paths = TinyPaths(folder / "merged", None)
@@ -132,7 +132,7 @@ def make_tiny(
     for part, (values, tensors) in parts.items():
         part.mkdir(parents=True, exist_ok=True)
         _write_json(part / "config.json", {**values, _MARK: seed})
-        tiny_weights.write_weights(part, tensors, dtype, shards)
+        weights.write_weights(part, tensors, dtype, shards)
     write_tokenizer(paths.base, vocab)
     ends = {
         "bos_token_id": end_of_text,

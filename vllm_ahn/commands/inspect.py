@@ -12,10 +12,10 @@ import sys
 from typing import Any
 
 from vllm_ahn.checkpoint import Checkpoint, local_folder, read_checkpoint
+from vllm_ahn.checkpoint.locate import split_revision
+from vllm_ahn.checkpoint.tensors import BaseShape, count_parameters, expected_tensors, state_bytes
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_ahn.errors import AHNError
-from vllm_ahn.locate import split_revision
-from vllm_ahn.tensors import BaseShape, count_parameters, expected_tensors, state_bytes
 
 PUBLISHED_SIZES = {
     BaseShape("qwen2", 36, 2048, 16, 2, 128): "Qwen2.5-3B",

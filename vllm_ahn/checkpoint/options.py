@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_ahn.checkpoint.tensors import AHNOptions, BaseShape
 from vllm_ahn.config import MEMORIES
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tensors import AHNOptions, BaseShape
 
 LAYER_IMPLEMENTATIONS = {"Qwen2MemDecoderLayer": "qwen2", "Qwen3MemDecoderLayer": "qwen3"}
 """``_layer_implementation`` of a checkpoint -> ``model_type`` of the bases that have this layer."""

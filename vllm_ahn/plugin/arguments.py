@@ -17,9 +17,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vllm_ahn import checkpoint, features, overrides, setting
+from vllm_ahn import checkpoint
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig, parse_length
 from vllm_ahn.errors import AHNError
+from vllm_ahn.plugin import features, overrides, setting
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_ahn.safetensors_headers import INDEX_NAME
-from vllm_ahn.tensors import BaseShape, Options, expected_tensors, unused_tensors
-from vllm_ahn.tiny_tokenizer import unreadable_tokens
+from vllm_ahn.checkpoint.headers import INDEX_NAME
+from vllm_ahn.checkpoint.tensors import BaseShape, Options, expected_tensors, unused_tensors
+from vllm_ahn.tiny.tokenizer import unreadable_tokens
 
 Tensors = dict[str, torch.Tensor]
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pathlib
 import re
 
+from vllm_ahn.checkpoint.headers import INDEX_NAME
 from vllm_ahn.errors import AHNError
-from vllm_ahn.safetensors_headers import INDEX_NAME
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 

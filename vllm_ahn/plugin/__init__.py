@@ -33,7 +33,8 @@ def register() -> None:
     try:
         import vllm
 
-        from vllm_ahn import arguments, cache, compat, features, models
+        from vllm_ahn import cache, models
+        from vllm_ahn.plugin import arguments, compat, features
 
         compat.check_vllm_version(vllm.__version__)
         from vllm.model_executor.models import ModelRegistry

@@ -1,4 +1,4 @@
-"""Finds an AHN checkpoint, checks it against the base it is to extend, and resolves it to an `AHNConfig`.
+"""Resolves what a user asked for to an `AHNConfig`, checked against the base it is to extend.
 
 Everything a user can get wrong about checkpoint, base, window and sinks is said here, by `AHNError`, before
 vLLM loads anything: of the weights only headers are read, and the values of the AHN's own tensors, one at a
@@ -14,15 +14,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_ahn.checkpoint_config import read_config, read_memory, read_options
+from vllm_ahn.checkpoint.locate import local_folder, split_revision
+from vllm_ahn.checkpoint.options import read_config, read_memory
+from vllm_ahn.checkpoint.reader import Checkpoint, read_checkpoint
+from vllm_ahn.checkpoint.tensors import BaseShape
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig, check_sinks, check_window, parse_length
 from vllm_ahn.errors import AHNError
-from vllm_ahn.locate import local_folder, split_revision
 from vllm_ahn.models import AHN_ARCHITECTURES
-from vllm_ahn.safetensors_headers import FLOAT_DTYPES, TensorHeader, check_finite, read_headers, weight_files
-from vllm_ahn.tensors import AHNOptions, BaseShape, expected_tensors, is_ahn_tensor, unused_tensors
-
-__all__ = ["LOAD_FORMATS", "Checkpoint", "local_folder", "looks_merged", "read_checkpoint", "resolve"]
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
 """vLLM's load formats that can read an AHN beside the base: those whose loader goes on to a model's
@@ -30,19 +28,6 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 
 # What `resolve` answered in this process: checked once, not at every step of the start.
 _RESOLVED: set[str] = set()
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """An AHN checkpoint, or the AHN in a merged base, whose configuration and tensors were found in order."""
-
-    folder: pathlib.Path
-    memory: str
-    options: AHNOptions
-    shape: BaseShape
-    headers: dict[str, TensorHeader]
-    """Of the AHN's own tensors; empty if no weights were asked for."""
-    merged: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,32 +80,6 @@ def resolve(
         config = _resolve_second(request, base, base_config, load_format)
     _RESOLVED.add(_key(config, base, base_revision, load_format))
     return config
-
-
-def read_checkpoint(folder: pathlib.Path, label: str, *, weights: bool = True) -> Checkpoint:
-    """Reads and checks the AHN in `folder` by itself, its tensors against its own ``config.json``.
-
-    Whether it fits a given base is for the caller to compare, by `Checkpoint.shape`. `label` names the folder
-    in errors. Raises `AHNError` for a bad configuration, for damaged files, and for missing, surplus,
-    misshapen, not floating or not finite tensors. Without `weights` only the configuration is read.
-    """
-    config = read_config(folder, label)
-    memory = read_memory(config, f"{label}/config.json")
-    shape = BaseShape.from_config(config, f"{label}/config.json")
-    options = read_options(config, shape, f"{label}/config.json")
-    if not weights:
-        return Checkpoint(folder, memory, options, shape, {}, merged=False)
-    files = weight_files(folder, label)
-    if not files:
-        raise AHNError(f"{label}: no weights in it, expected *.safetensors files")
-    headers = read_headers(files, label)
-    merged = "model.embed_tokens.weight" in headers
-    if merged:
-        headers = {name: header for name, header in headers.items() if is_ahn_tensor(name)}
-    _check_names(headers, memory, shape, options, label)
-    _check_types(headers, memory, shape, options, label)
-    check_finite(headers, label)
-    return Checkpoint(folder, memory, options, shape, headers, merged)
 
 
 def _parse_setting(setting: object) -> _Request | None:
@@ -236,38 +195,3 @@ def _check_fit(folder: pathlib.Path, label: str, base: str, base_config: Any) ->
     different = [f"{name} is {ours[name]}, expected {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     if different:
         raise AHNError(f"{label}/config.json: this AHN was made for another base than {base}: {', '.join(different)}")
-
-
-def _check_names(
-    headers: Mapping[str, TensorHeader], memory: str, shape: BaseShape, options: AHNOptions, label: str
-) -> None:
-    expected = expected_tensors(memory, shape, options)
-    allowed = expected.keys() | unused_tensors(memory, shape, options).keys()
-    missing = [name for name in expected if name not in headers]
-    surplus = [name for name in headers if name not in allowed]
-    problems = []
-    if missing:
-        problems.append(f"{missing[0]} is missing" + _others(missing))
-    if surplus:
-        problems.append(f"{surplus[0]} is not among them" + _others(surplus))
-    if problems:
-        raise AHNError(
-            f"{label}: expected the {len(expected)} tensors of a {memory} AHN of "
-            f"{shape.num_hidden_layers} layers, but {' and '.join(problems)}"
-        )
-
-
-def _others(names: list[str]) -> str:
-    return f" ({len(names)} such, this the first)" if len(names) > 1 else ""
-
-
-def _check_types(
-    headers: Mapping[str, TensorHeader], memory: str, shape: BaseShape, options: AHNOptions, label: str
-) -> None:
-    shapes = expected_tensors(memory, shape, options) | unused_tensors(memory, shape, options)
-    for name, header in headers.items():
-        where = f"{label}/{header.file.name}: {name}"
-        if header.shape != shapes[name]:
-            raise AHNError(f"{where} has shape {list(header.shape)}, expected {list(shapes[name])}")
-        if header.dtype not in FLOAT_DTYPES:
-            raise AHNError(f"{where} has type {header.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")

