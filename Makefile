@@ -5,10 +5,15 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 BIN := .venv/bin
 PYTEST_ARGS ?=
 
-.PHONY: help .venv demo test lint
+# The newest supported release of vLLM that has no CPU build.
+CONTRACT := 0.33.0
+CONTRACT_TESTS := tests/contract tests/test_cache.py tests/test_arguments.py tests/test_features.py tests/test_engine_golden.py
+
+.PHONY: help .venv demo test lint contract
 help:
 	@echo "make demo    serve a tiny model with an AHN and ask it something longer than its window"
 	@echo "make test    ruff, mypy and pytest"
+	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
 	@echo "make .venv   the environment of both, from requirements/"
 
 .venv: $(BIN)/vllm-ahn
@@ -28,3 +33,9 @@ lint: $(BIN)/vllm-ahn
 
 test: lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.contract/vllm-%: requirements/vllm-sources.sh $(BIN)/vllm-ahn
+	@PYTHON=$(BIN)/python requirements/vllm-sources.sh $* $@
+
+contract: .contract/vllm-$(CONTRACT)
+	@PYTHONPATH=$(CURDIR)/$<:$(CURDIR) AHN_CONTRACT_VLLM=$(CONTRACT) $(BIN)/python -m pytest $(CONTRACT_TESTS) $(PYTEST_ARGS)

@@ -40,7 +40,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"runner": "pooling"}, "--runner is 'pooling'"),
     ({"convert": "embed"}, "--convert is 'embed'"),
     ({"lora": True}, "--enable-lora"),
-    ({"device_type": "cuda"}, "on CPUs only yet.*'cuda'"),
+    ({"device_type": "xpu"}, "on CPUs and on GPUs of NVIDIA and AMD.*'xpu'"),
 ]
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [

@@ -6,6 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImplBase,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -14,9 +15,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ahn.attention.cpu import attention_isa
-from vllm_ahn.attention.metadata import AHNMetadata, AHNMetadataPlanner
-from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.attention.core import runs_triton
 
 
 class _AHNBackend(AttentionBackend):
@@ -44,7 +43,13 @@ class AHNWindowBackend(_AHNBackend):
         return "AHN_WINDOW"
 
     @staticmethod
-    def get_builder_cls() -> type["AHNMetadataBuilder"]:
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
+        if runs_triton():
+            from vllm_ahn.attention.gpu_metadata import AHNGpuMetadataBuilder
+
+            return AHNGpuMetadataBuilder
+        from vllm_ahn.attention.metadata import AHNMetadataBuilder
+
         return AHNMetadataBuilder
 
 
@@ -60,30 +65,11 @@ class AHNStateBackend(_AHNBackend):
         return AHNStateTableBuilder
 
 
-class AHNMetadataBuilder(AttentionMetadataBuilder[AHNMetadata]):
-    """Builds :class:`AHNMetadata` once a step, for all layers of the window group."""
-
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        assert isinstance(kv_cache_spec, AHNWindowSpec)
-        self.planner = AHNMetadataPlanner(
-            kv_cache_spec,
-            num_heads=vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
-            model_dtype=vllm_config.model_config.dtype,
-            isa=attention_isa(kv_cache_spec.block_size, kv_cache_spec.head_size),
-            has_full_layers=kv_cache_spec.retain_all,
-        )
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> AHNMetadata:
-        return self.planner.plan(common_attn_metadata)
-
-
 class AHNStateTableBuilder(AttentionMetadataBuilder[torch.Tensor]):
     """The metadata of the state group is its block table, ``[num_requests, width]`` int32."""
+
+    # A CUDA graph finds the table where it was: what it may hold is for the window group's builder to say.
+    _cudagraph_support = AttentionCGSupport.ALWAYS
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device

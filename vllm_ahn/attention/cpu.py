@@ -3,23 +3,68 @@
 Plain torch, batched over requests and chunk-parallel over tokens; attention inside the window is vLLM's own kernel.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
 from vllm import _custom_ops as ops
 
+from vllm_ahn.attention.cpu_isa import attention_isa
 from vllm_ahn.attention.metadata import AHNMetadata, CausalBatch, Chunk, DecodeBatch
 from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, recurrent_step
 from vllm_ahn.memory import Memory, Router
 
+if TYPE_CHECKING:
+    from vllm_ahn.attention.layer import AHNAttention
 
-def attention_isa(block_size: int, head_size: int) -> str:
-    """The instruction set to ask of vLLM's CPU attention.
 
-    Of those it has, ``vec`` and ``vec16`` store a block's keys transposed and its values as rows, which is what
-    :class:`~vllm_ahn.cache.page.WindowPages` reads. Others pack them in ways of their own.
-    """
-    return "vec" if block_size % 32 == 0 and head_size % 32 == 0 else "vec16"
+def run(
+    layer: "AHNAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory_query: torch.Tensor,
+    gates: torch.Tensor | None,
+    z: torch.Tensor | None,
+    output: torch.Tensor,
+    metadata: AHNMetadata,
+    state_table: torch.Tensor,
+) -> None:
+    """The operation itself; see :meth:`AHNAttention.run`. Writes ``output``."""
+    pages, memory = layer.pages, layer.memory
+    assert pages is not None
+    tokens = slice(metadata.num_tokens)
+    query, output, memory_query = query[tokens], output[tokens], memory_query[tokens]
+    write_pages(pages, key[tokens], value[tokens], None if gates is None else gates[tokens], metadata)
+    if memory is None:
+        assert metadata.everything is not None
+        causal_attention(pages, query, output, metadata.everything, layer.scale)
+        return
+    if metadata.inside is not None:
+        causal_attention(pages, query, output, metadata.inside, layer.scale)
+    if metadata.decodes is None and not metadata.chunks:
+        return
+
+    assert z is not None and layer.state.pages is not None
+    where = (memory, pages, layer.state.pages, state_table, memory_query)
+    if (batch := metadata.decodes) is not None:
+        attend_decodes(pages, query, output, batch, layer.scale)
+        o = absorb_and_read_decodes(*where, batch)
+        output[batch.rows] += contribution(memory, layer.router, o, z[batch.rows], batch.positions)
+    for chunk in metadata.chunks:
+        attend_chunk(pages, query, output, chunk, layer.scale)
+        o = absorb_and_read_chunk(*where, chunk)
+        reads = slice(chunk.first_row, chunk.last_row)
+        output[reads] += contribution(memory, layer.router, o, z[reads], chunk.read_positions())
+
+
+def reserve(layer: "AHNAttention", query: torch.Tensor) -> None:
+    """Nothing: on CPUs vLLM sizes its cache by what the machine has."""
+
+
+def warm_up_once(layer: "AHNAttention") -> None:
+    """Nothing: there is no compiler to wait for."""
 
 
 def write_pages(

@@ -5,16 +5,15 @@ each has a cache spec, a manager and a block table of its own.
 """
 
 from abc import abstractmethod
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from vllm_ahn.attention import cpu
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
-from vllm_ahn.attention.metadata import AHNMetadata
+from vllm_ahn.attention.core import core
 from vllm_ahn.attention.op import ahn_attention, encode_layer_name
 from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
@@ -49,6 +48,12 @@ class PagedLayer(AttentionLayerBase, Generic[Pages]):
     def kv_cache(self, kv_cache: torch.Tensor) -> None:
         self._kv_cache = kv_cache
         self.pages = self.view_pages(kv_cache) if kv_cache.numel() else None
+        if self.pages is not None:
+            self.bound()
+
+    @abstractmethod
+    def bound(self) -> None:
+        """Called when vLLM has bound a cache."""
 
     @abstractmethod
     def view_pages(self, kv_cache: torch.Tensor) -> Pages:
@@ -145,36 +150,14 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         gates: torch.Tensor | None,
         z: torch.Tensor | None,
         output: torch.Tensor,
-        metadata: AHNMetadata,
+        metadata: Any,
         state_table: torch.Tensor,
     ) -> None:
-        """The operation itself, on tensors split by heads; writes ``output``. Shapes as in :meth:`forward`."""
-        pages = self.pages
-        assert pages is not None
-        tokens = slice(metadata.num_tokens)
-        query, output, memory_query = query[tokens], output[tokens], memory_query[tokens]
-        cpu.write_pages(pages, key[tokens], value[tokens], None if gates is None else gates[tokens], metadata)
-        memory = self.memory
-        if memory is None:
-            assert metadata.everything is not None
-            cpu.causal_attention(pages, query, output, metadata.everything, self.scale)
-            return
-        if metadata.inside is not None:
-            cpu.causal_attention(pages, query, output, metadata.inside, self.scale)
-        if metadata.decodes is None and not metadata.chunks:
-            return
+        """The operation itself, on tensors split by heads; writes ``output``. Shapes as in :meth:`forward`.
 
-        assert z is not None and self.state.pages is not None
-        where = (memory, pages, self.state.pages, state_table, memory_query)
-        if (batch := metadata.decodes) is not None:
-            cpu.attend_decodes(pages, query, output, batch, self.scale)
-            o = cpu.absorb_and_read_decodes(*where, batch)
-            output[batch.rows] += cpu.contribution(memory, self.router, o, z[batch.rows], batch.positions)
-        for chunk in metadata.chunks:
-            cpu.attend_chunk(pages, query, output, chunk, self.scale)
-            o = cpu.absorb_and_read_chunk(*where, chunk)
-            reads = slice(chunk.first_row, chunk.last_row)
-            output[reads] += cpu.contribution(memory, self.router, o, z[reads], chunk.read_positions())
+        ``metadata`` is what the core's planner made of the step, ``state_table`` the state group's block table.
+        """
+        core().run(self, query, key, value, memory_query, gates, z, output, metadata, state_table)
 
     def window_layout(self, block_size: int, dtype: torch.dtype) -> WindowPageLayout:
         # Layers without a memory take the same pages as the others, so that all share a group.
@@ -198,6 +181,10 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
             retain_all=bool(self.config.full_attention_layers),
             vllm_config=vllm_config,
         )
+
+    def bound(self) -> None:
+        if self.memory is not None and self.state.pages is not None:
+            core().warm_up_once(self)
 
     def view_pages(self, kv_cache: torch.Tensor) -> WindowPages:
         return WindowPages(kv_cache, self.window_layout(kv_cache.shape[2], kv_cache.dtype))
@@ -224,6 +211,10 @@ class AHNState(PagedLayer[StatePages]):
             dtype=window_layout.dtype,
             capacity=self._window_layer.config.capacity,
         )
+
+    def bound(self) -> None:
+        if self._window_layer.pages is not None:
+            self._window_layer.bound()
 
     def view_pages(self, kv_cache: torch.Tensor) -> StatePages:
         page_bytes = kv_cache[0].numel() * kv_cache.element_size()

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
+from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_ahn.attention.cpu_isa import attention_isa
 from vllm_ahn.cache.specs import AHNWindowSpec
 
 QUERY_BLOCK = 512
@@ -273,3 +276,25 @@ class AHNMetadataPlanner:
         """The lossless memory's mask, ``{ j <= t : t - j < W  or  j < S }``."""
         in_window = query_positions - key_positions < self.spec.window
         return (key_positions <= query_positions) & (in_window | (key_positions < self.spec.sinks))
+
+
+class AHNMetadataBuilder(AttentionMetadataBuilder[AHNMetadata]):
+    """Builds :class:`AHNMetadata` once a step, for all layers of the window group."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(kv_cache_spec, AHNWindowSpec)
+        self.planner = AHNMetadataPlanner(
+            kv_cache_spec,
+            num_heads=vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
+            model_dtype=vllm_config.model_config.dtype,
+            isa=attention_isa(kv_cache_spec.block_size, kv_cache_spec.head_size),
+            has_full_layers=kv_cache_spec.retain_all,
+        )
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> AHNMetadata:
+        return self.planner.plan(common_attn_metadata)

@@ -12,7 +12,11 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
+from vllm_ahn.attention.core import core
+
 OP_NAME = "ahn_attention"
+QUALIFIED_NAME = f"vllm::{OP_NAME}"
+"""As vLLM's compiler knows the operation."""
 
 
 def _ahn_attention(
@@ -26,11 +30,12 @@ def _ahn_attention(
     layer_name: LayerNameType,
 ) -> None:
     context = get_forward_context()
+    layer = context.no_compile_layers[_resolve_layer_name(layer_name)]
     if context.attn_metadata is None:  # a run without requests, to measure memory or to compile
         output.zero_()
+        core().reserve(layer, query)
         return
     assert isinstance(context.attn_metadata, dict)
-    layer = context.no_compile_layers[_resolve_layer_name(layer_name)]
     metadata = context.attn_metadata[layer.layer_name]
     state_table = context.attn_metadata[layer.state.layer_name]
     layer.run(query, key, value, memory_query, gates, z, output, metadata, state_table)

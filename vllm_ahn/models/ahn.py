@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from vllm_ahn.attention.layer import AHNAttention
+from vllm_ahn.attention.op import QUALIFIED_NAME
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.memory import MEMORY_CLASSES, Memory, Router
 
@@ -117,6 +118,16 @@ def _norm_by_head(x: torch.Tensor, norm: nn.Module, head_dim: int) -> torch.Tens
     return norm(x.unflatten(-1, (-1, head_dim))).flatten(-2)
 
 
+def cut_out_of_graphs(config: CompilationConfig) -> None:
+    """Have the compiler cut graphs at the attention operation, so that piecewise CUDA graphs leave it out.
+
+    To be called when a model is built: before, vLLM fills the list of such operations with its own unless anything is
+    in it; later, it reads it to compile. An empty list says that graphs are not to be cut at all.
+    """
+    if config.splitting_ops and QUALIFIED_NAME not in config.splitting_ops:
+        config.splitting_ops.append(QUALIFIED_NAME)
+
+
 class AHNForCausalLM(nn.Module, SupportsPP):
     """A causal language model over a base's ``Model`` class, with AHN tensors from a second source.
 
@@ -132,6 +143,7 @@ class AHNForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        cut_out_of_graphs(vllm_config.compilation_config)
         config = vllm_config.model_config.hf_config.get_text_config()
         self.config = config
         self.quant_config = vllm_config.quant_config

@@ -15,15 +15,39 @@ FIRST_UNSUPPORTED = (0, 34)
 SUPPORTED = "vllm>=0.32,<0.34"
 """The same bounds as in ``pyproject.toml``, for messages."""
 
+DEVELOPMENT = (10**9, 0)
+"""In place of the number that a "dev" build does not have: newer than any release."""
+
 
 def check_vllm_version(version: str) -> None:
     """Raises `AHNError` for a release of vLLM outside the bounds; "dev" builds have no number to check."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None:
+    release = _release(version)
+    if release == DEVELOPMENT:
         return
-    release = (int(match[1]), int(match[2]))
     if not OLDEST <= release < FIRST_UNSUPPORTED:
         raise AHNError(
             f"vllm-ahn works with {SUPPORTED}, but vLLM {version} is installed: install one of these, or set "
             "VLLM_PLUGINS to the other plugins' names to run vLLM without AHN"
         )
+
+
+def _release(version: str) -> tuple[int, int]:
+    """The release's number, or `DEVELOPMENT`."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return DEVELOPMENT if match is None else (int(match[1]), int(match[2]))
+
+
+def is_release(major: int, minor: int) -> bool:
+    """Whether the installed vLLM is of this release."""
+    import vllm
+
+    return _release(vllm.__version__) == (major, minor)
+
+
+def can_split_attention(block_size: int) -> bool:
+    """Whether vLLM's Triton attention is exact when it splits a sequence with sinks and window into segments.
+
+    Until 0.32 a segment whose first 16 keys are all masked may drown the others' scores. Blocks of 16 tokens, of which
+    none is dropped or kept but for a visible key, have no such tiles.
+    """
+    return block_size == 16 or not is_release(0, 32)

@@ -107,10 +107,10 @@ class Wanted:
 
 def refusals(wanted: Wanted) -> Iterator[str]:
     """One sentence for each thing that is wanted and cannot be had."""
-    if wanted.device_type != "cpu":
+    if wanted.device_type not in ("cpu", "cuda"):
         yield (
-            f"AHN runs on CPUs only yet, and vLLM runs on {wanted.device_type!r} here: install vLLM's CPU build, or "
-            "serve the base model without --ahn"
+            f"AHN runs on CPUs and on GPUs of NVIDIA and AMD, and vLLM runs on {wanted.device_type!r} here: install "
+            "vLLM's CPU build, or serve the base model without --ahn"
         )
     if wanted.speculation:
         yield (

@@ -1,0 +1,98 @@
+"""Which tokens a step's prefills absorb, and where those lie: worked out once, for all layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+CHUNK_SIZE = 64
+"""Tokens that flash-linear-attention's kernels treat at once."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens that one request absorbs in this step: as many as new tokens of its that read the memory."""
+
+    request: int
+    """Its row in the block tables."""
+    first_row: int
+    """Row in the batch of its first new token at ``W + S`` or past it; the others follow."""
+    first_position: int
+    """Position of that token. At ``W + S`` the state is zero, whatever its pages hold."""
+    length: int
+    """Tokens, at least 1."""
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """The stretches of a step, for all layers, on the device."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each of the ``R`` stretches, ``N`` in all."""
+    rows: torch.Tensor
+    """``[N]`` int32, the batch's row that reads after each absorbed token."""
+    positions: torch.Tensor
+    """``[N]`` int64, positions of the reading tokens."""
+    slots: torch.Tensor
+    """``[N]`` int64, slots of the absorbed tokens in the window pages."""
+    requests: torch.Tensor
+    """``[R]`` int32, rows in the state group's block table."""
+    fresh: torch.Tensor
+    """``[R]`` int32, 1 where the state is zero."""
+    cu_seqlens: torch.Tensor
+    """``[R + 1]`` int32, where stretches begin and end. Caches are keyed by it: new in every step."""
+    chunk_indices: torch.Tensor
+    """``[num_chunks, 2]`` int32, stretch of each chunk and its number therein."""
+
+
+def plan_prefill(
+    stretches: Sequence[Stretch], window_table: torch.Tensor, *, window: int, sinks: int, block_size: int
+) -> PrefillPlan:
+    """Work out which tokens a step absorbs and where they lie. One copy to the device, no synchronisation.
+
+    Args:
+        stretches: at least one.
+        window_table: ``[num_requests, num_blocks]`` int32 on the device, the window group's block table.
+        window: ``W``.
+        sinks: ``S``.
+        block_size: tokens in a window page.
+    """
+    lengths = torch.tensor([s.length for s in stretches])
+    starts = lengths.cumsum(0) - lengths
+    within = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+    chunks = (lengths + CHUNK_SIZE - 1) // CHUNK_SIZE
+    chunk_starts = chunks.cumsum(0) - chunks
+    chunk_stretch = torch.arange(len(stretches)).repeat_interleave(chunks)
+    requests = torch.tensor([s.request for s in stretches])
+    first_positions = torch.tensor([s.first_position for s in stretches])
+    parts = (
+        torch.tensor([s.first_row for s in stretches]).repeat_interleave(lengths) + within,
+        first_positions.repeat_interleave(lengths) + within,
+        requests.repeat_interleave(lengths),
+        requests,
+        first_positions == window + sinks,
+        torch.cat((starts, lengths.sum(0, keepdim=True))),
+        torch.stack((chunk_stretch, torch.arange(len(chunk_stretch)) - chunk_starts[chunk_stretch]), dim=-1).flatten(),
+    )
+    # Each part begins at 16 bytes, on which kernels are specialised.
+    packed = torch.cat([F.pad(part.int(), (0, -len(part) % 4)) for part in parts])
+    device = window_table.device
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    pieces = packed.to(device, non_blocking=True).split([len(part) + -len(part) % 4 for part in parts])
+    rows, positions, token_requests, requests, fresh, cu_seqlens, chunk_indices = (
+        piece[: len(part)] for piece, part in zip(pieces, parts, strict=True)
+    )
+    evicted = positions.long() - window
+    block_ids = window_table[token_requests, evicted // block_size].long()
+    return PrefillPlan(
+        lengths=tuple(s.length for s in stretches),
+        rows=rows,
+        positions=positions.long(),
+        slots=block_ids * block_size + evicted % block_size,
+        requests=requests,
+        fresh=fresh,
+        cu_seqlens=cu_seqlens,
+        chunk_indices=chunk_indices.view(-1, 2),
+    )

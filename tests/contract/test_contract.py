@@ -1,0 +1,168 @@
+"""What this package takes for granted in vLLM. ``make contract`` asks another release's sources the same."""
+
+import dataclasses
+import inspect
+import os
+from typing import Any
+
+import pytest
+import torch
+import vllm
+from vllm.config import CompilationConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from golden_data import CONFIGURATIONS
+from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
+from vllm_ahn.attention.gpu_metadata import AHNGpuMetadataBuilder
+from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
+from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
+from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
+from vllm_ahn.models import MODEL_CLASSES
+from vllm_ahn.models.ahn import cut_out_of_graphs
+from vllm_ahn.plugin import compat, register
+
+GDN = CONFIGURATIONS["gdn_qwen2"]
+NUM_LAYERS = 28
+
+
+def test_this_is_the_release_that_was_asked_for() -> None:
+    compat.check_vllm_version(vllm.__version__)
+    assert vllm.__version__.startswith(os.environ.get("AHN_CONTRACT_VLLM", "0."))
+
+
+@pytest.fixture(scope="module")
+def config() -> VllmConfig:
+    """An engine's configuration for a golden checkpoint, made of arguments alone."""
+    register()
+    return EngineArgs(
+        model=str(GDN.base),
+        dtype="float32",
+        max_model_len=1024,
+        block_size=32,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        additional_config={"ahn": {"checkpoint": str(GDN.ahn), "window": GDN.window, "sinks": GDN.sinks}},
+    ).create_engine_config()
+
+
+def test_arguments_come_to_a_resolved_model(config: VllmConfig) -> None:
+    assert config.model_config.architecture in MODEL_CLASSES
+    ahn = config.additional_config["ahn"]
+    assert (ahn["memory"], ahn["window"], ahn["sinks"]) == (GDN.memory, GDN.window, GDN.sinks)
+    model_class, _ = config.model_config.registry.resolve_model_cls(
+        [config.model_config.architecture], config.model_config
+    )
+    assert f"{model_class.__module__}:{model_class.__name__}" == MODEL_CLASSES[config.model_config.architecture]
+    assert hasattr(torch.ops.vllm, "ahn_attention")
+
+
+def specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
+    layout = WindowPageLayout(2, 128, 16, 32, torch.bfloat16)
+    window = window_spec(layout, window=512, sinks=64, retain_all=False, vllm_config=config)
+    state = state_spec(
+        StatePageLayout(16, 128, layout.page_bytes), block_size=32, dtype=torch.bfloat16, capacity=window.capacity
+    )
+    layers = [f"model.layers.{i}.self_attn.attn" for i in range(NUM_LAYERS)]
+    return dict.fromkeys(layers, window) | {f"{layer}.state": state for layer in layers}
+
+
+def test_specs_have_their_managers(config: VllmConfig) -> None:
+    window, state = dict.fromkeys(specs(config).values())
+    assert KVCacheSpecRegistry.get_manager_class(window) is AHNWindowManager
+    assert KVCacheSpecRegistry.get_manager_class(state) is AHNStateManager
+
+
+def kv_cache_config(config: VllmConfig) -> KVCacheConfig:
+    """What the engine makes of the layers' specs and a GiB of memory."""
+    config.cache_config.kv_cache_layout = AHNWindowBackend.supported_kv_cache_layouts()[0].name
+    memory = [1 << 30]
+    if compat.is_release(0, 32):
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+        (result,) = get_kv_cache_configs(config, [specs(config)], memory)
+    else:
+        from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
+
+        groups = get_global_kv_cache_groups(config, [specs(config)])
+        (result,) = get_kv_cache_configs(config, [specs(config)], memory, groups)
+    return result
+
+
+def test_layers_come_in_two_groups_of_one_pool(config: VllmConfig) -> None:
+    result = kv_cache_config(config)
+    assert [type(group.kv_cache_spec) for group in result.kv_cache_groups] == [AHNWindowSpec, AHNStateSpec]
+    assert [len(group.layer_names) for group in result.kv_cache_groups] == [NUM_LAYERS, NUM_LAYERS]
+    page = result.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    assert page == result.kv_cache_groups[1].kv_cache_spec.page_size_bytes
+    assert result.num_blocks == (1 << 30) // (page * NUM_LAYERS)
+
+
+def test_runners_leave_our_tables_alone(config: VllmConfig) -> None:
+    """Entries below the window are nulled for other groups' specs only, and states have no slots."""
+    for spec in specs(config).values():
+        assert not hasattr(spec, "num_retained_tokens") and not hasattr(spec, "sliding_window")
+        assert spec.uses_slot_mapping is isinstance(spec, AHNWindowSpec)
+        assert not spec.dcp_sharded
+
+
+def test_graphs_are_cut_at_the_attention() -> None:
+    from vllm.compilation.partition_rules import should_split
+
+    node = torch.fx.Graph().call_function(torch.ops.vllm.ahn_attention.default, ())
+    for operations, cut in ((["vllm::unified_attention_with_output"], True), ([], False)):
+        compilation = CompilationConfig(splitting_ops=operations)
+        for _ in range(2):
+            cut_out_of_graphs(compilation)
+        assert compilation.splitting_ops is not None
+        assert len(compilation.splitting_ops) == 2 * cut
+        assert should_split(node, compilation.splitting_ops) is cut
+
+
+def test_graphs_of_decodes_may_hold_everything(config: VllmConfig) -> None:
+    spec, _ = dict.fromkeys(specs(config).values())
+    decode = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert AHNGpuMetadataBuilder.get_cudagraph_support(config, spec) is decode
+    assert AHNStateBackend.get_builder_cls().get_cudagraph_support(config, spec).value >= decode.value
+
+
+def names(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def test_interfaces_of_the_attention() -> None:
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    from vllm_ahn.attention import gpu
+
+    called = {keyword for keyword in names(unified_attention) if f"        {keyword}=" in inspect.getsource(gpu.attend)}
+    assert {"rswa_prefix_lens", "rswa_window", "seqused_k", "block_table", "seq_threshold_3D"} <= called
+    required = {
+        name
+        for name, parameter in inspect.signature(unified_attention).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    assert required <= called
+
+
+def test_interfaces_of_the_runners() -> None:
+    fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    assert {
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_actual_tokens",
+        "max_query_len",
+        "block_table_tensor",
+        "slot_mapping",
+    } <= fields
+    assert AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE.value < AttentionCGSupport.ALWAYS.value
+    builder = AttentionMetadataBuilder
+    assert names(builder.__init__) == {"self", "kv_cache_spec", "layer_names", "vllm_config", "device"}
+    assert names(builder.build) == {"self", "common_prefix_len", "common_attn_metadata", "fast_build"}
+    assert names(builder.build_for_cudagraph_capture) == {"self", "common_attn_metadata"}
+    assert {"get_attn_backend", "get_kv_cache_spec"} <= set(dir(AttentionLayerBase))

@@ -1,0 +1,129 @@
+"""Random paged memories for kernel tests: pages full of NaN but for what belongs to a request."""
+
+import math
+import mmap
+from dataclasses import dataclass
+
+import torch
+
+from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+
+NUM_GATES = {"GatedDeltaNet": 2, "DeltaNet": 1, "Mamba2": 1}
+
+
+MAP_NORESERVE = 0x4000  # Linux; Python's mmap names it from 3.13 on
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one layer."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    block_size: int
+    memory: str
+    dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype = torch.float32
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def num_gates(self) -> int:
+        return NUM_GATES[self.memory]
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.memory == "Mamba2" else self.head_size**-0.5
+
+    @property
+    def window_layout(self) -> WindowPageLayout:
+        return WindowPageLayout(self.kv_heads, self.head_size, self.num_gates * self.group, self.block_size, self.dtype)
+
+    @property
+    def state_layout(self) -> StatePageLayout:
+        return StatePageLayout(self.heads, self.head_size, self.window_layout.page_bytes, self.state_dtype)
+
+
+class PagedCase:
+    """One layer's pool, cut by both groups, with random block tables.
+
+    As in vLLM, both memories are views of the same bytes, a block belongs to one request at most, and what tables hold
+    behind a request's end is others' business: those entries name blocks of NaN, or none at all.
+    """
+
+    def __init__(self, shape: Shape, num_requests: int, tokens: int, *, apart: int = 1, vast: bool = False) -> None:
+        """``tokens`` is the most a request has; ``apart`` puts other layers' pages between those of this one.
+
+        ``vast`` puts them a GiB apart, so that offsets do not fit 32 bits; then the pool holds zeros instead of NaN.
+        """
+        self.shape = shape
+        window, state = shape.window_layout, shape.state_layout
+        per_request = -(-tokens // shape.block_size)
+        state_pages = -(-shape.heads * shape.head_size // state.columns_per_page)
+        first = 9 if vast else 1  # block 0 is vLLM's null block: no request's
+        total = num_requests * (per_request + state_pages) + first + 2
+        content = window.content_elements
+        page = (shape.kv_heads, shape.block_size, content)
+        if vast:
+            # Address space, of which only what is touched becomes memory.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            raw = torch.frombuffer(mmap.mmap(-1, total << 30, flags=flags), dtype=shape.dtype)
+            cache = raw.view(total, -1)[:, : math.prod(page)].unflatten(1, page)
+        else:
+            cache = poisoned(total, apart, *page, dtype=shape.dtype)[:, apart - 1]
+        self.cache = cache
+        self.window = WindowPages(cache, window)
+        self.state = StatePages(cache, state)
+        ids = torch.randperm(total - first)[: num_requests * (per_request + state_pages)].int() + first
+        ids = ids.view(num_requests, per_request + state_pages)
+        self.window_table = torch.zeros(num_requests, per_request + 2, dtype=torch.int32)
+        self.window_table[:, :per_request] = ids[:, :per_request]
+        self.state_table = torch.zeros(num_requests, state_pages + 2, dtype=torch.int32)
+        self.state_table[:, :state_pages] = ids[:, per_request:]
+
+    def slots(self, request: int, positions: torch.Tensor) -> torch.Tensor:
+        """Slots of a request's tokens, int64."""
+        size = self.shape.block_size
+        return self.window_table[request, positions // size].long() * size + positions % size
+
+    def put_token(self, request: int, position: int, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor) -> None:
+        """Write ``k``, ``v`` ``[Hkv, D]`` and ``gates [H, num_gates]`` with plain indexing."""
+        block, offset = divmod(int(self.slots(request, torch.tensor(position))), self.shape.block_size)
+        self.window.keys[block, :, offset] = k.to(self.shape.dtype)
+        self.window.values[block, :, offset] = v.to(self.shape.dtype)
+        self.window.gates[block, :, offset] = gates.reshape(self.shape.kv_heads, -1).to(self.shape.dtype)
+
+    def put_state(self, request: int, state: torch.Tensor) -> None:
+        """Write ``state [H, Dk, Dv]``."""
+        self.state.scatter(self._state_pages(request), state[None])
+
+    def get_state(self, request: int) -> torch.Tensor:
+        return self.state.gather(self._state_pages(request))[0]
+
+    def _state_pages(self, request: int) -> torch.Tensor:
+        return self.state_table[request, : self.shape.state_layout.num_pages].long()[None]
+
+
+def random_gates(shape: Shape, *batch: int) -> torch.Tensor:
+    """Gates as projections make them, ``[*batch, H, num_gates]`` float32."""
+    step = torch.nn.functional.softplus(torch.randn(*batch, shape.heads) - 1)
+    rate = torch.rand(*batch, shape.heads)
+    if shape.memory == "GatedDeltaNet":
+        return torch.stack((-step, rate), -1)
+    return (step if shape.memory == "Mamba2" else rate).unsqueeze(-1)
+
+
+def decay_and_rate(shape: Shape, gates: torch.Tensor, A_log: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``g`` and ``b``, from the table of what each memory computes."""
+    if shape.memory == "GatedDeltaNet":
+        return gates[..., 0], gates[..., 1]
+    if shape.memory == "DeltaNet":
+        return torch.zeros_like(gates[..., 0]), gates[..., 0]
+    return -A_log.exp() * gates[..., 0], gates[..., 0]

@@ -1,0 +1,56 @@
+"""The GPU path end to end: vLLM's V2 model runner and Triton kernels in the interpreter give the golden tokens."""
+
+from typing import Any
+
+import pytest
+
+from golden_data import CONFIGURATIONS, GENERATED, Golden
+from interpreted_engine import run
+
+V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
+
+
+def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) -> dict[str, Any]:
+    """Run the golden prompts of these lengths; checks the tokens, returns what else there is to see."""
+    cases = [golden.case(length) for length in lengths]
+    ahn = {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
+    result = run(golden.base, ahn, [case.prompt.tolist() for case in cases], GENERATED, **arguments)
+    assert result["core"] == "vllm_ahn.attention.gpu"
+    for case, tokens in zip(cases, result["tokens"], strict=True):
+        assert tokens == case.tokens.tolist(), case.length
+    return result
+
+
+@pytest.mark.parametrize("golden", CONFIGURATIONS.values(), ids=lambda golden: golden.name)
+def test_all_lengths_in_one_batch(golden: Golden) -> None:
+    result = continuations(
+        golden, golden.lengths, block_size=16, max_num_seqs=8, constants={"QUERIES_PER_ROW": 40, "SEGMENTS": 4}
+    )
+    assert result["runner"] == V2_RUNNER
+
+
+def test_chunks_of_64_tokens() -> None:
+    """Chunks that begin inside ``W + S`` and end past it, beside decodes and short requests."""
+    golden = CONFIGURATIONS["gdn_qwen2"]
+    continuations(golden, golden.lengths, max_num_batched_tokens=64, max_num_seqs=8, warm_up=True)
+
+
+def test_preemption_and_stale_rows() -> None:
+    """Requests lose pages and state and start again, in rows of the tables where others left longer tails."""
+    golden = CONFIGURATIONS["mamba2_qwen2"]
+    result = continuations(
+        golden,
+        (100, 37, 100, 20, 37, 32),
+        block_size=16,
+        max_model_len=160,
+        max_num_seqs=3,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=15,
+    )
+    assert result["preemptions"] > 0
+
+
+def test_v1_runner() -> None:
+    golden = CONFIGURATIONS["dn_qwen3"]
+    result = continuations(golden, (20, 37), environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}, max_num_seqs=2)
+    assert result["runner"] != V2_RUNNER

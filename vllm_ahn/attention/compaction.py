@@ -1,0 +1,114 @@
+"""Block tables without the blocks between sinks and window.
+
+vLLM's paged attention walks over all of a sequence. What an AHN layer attends to is its two ends: the sinks, and from
+the oldest token in the first query's window to the last query. Dropping whole blocks in between makes a sequence of
+bounded length, in which the distance between a query and every key of its window is what it was.
+"""
+
+import torch
+from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv
+
+TILE_BLOCKS = 2
+"""Entries that the attention kernel may read past a row's end, without using them: a tile has up to 32 tokens."""
+
+
+def compact_width(window: int, sinks: int, block_size: int, max_queries: int) -> int:
+    """Blocks in the longest compacted row.
+
+    Args:
+        window: ``W``.
+        sinks: ``S``.
+        block_size: tokens in a block.
+        max_queries: most queries of one row.
+
+    Returns:
+        Blocks of the sinks, of the ``W - 1`` tokens before the first query and of the queries; the window starts
+        anywhere in a block.
+    """
+    return cdiv(sinks, block_size) + cdiv(window - 1 + max_queries, block_size) + 1
+
+
+@triton.jit(do_not_specialize=["window", "width"])
+def _compact_kernel(  # type: ignore[no-untyped-def]
+    block_table,
+    block_table_stride,
+    requests,
+    query_start_loc,
+    seq_lens,
+    compact_table,
+    compact_table_stride,
+    compact_lens,
+    window,
+    width,
+    SINK_BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HAS_REQUESTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    seq_len = tl.load(seq_lens + row)
+    num_queries = tl.load(query_start_loc + row + 1) - tl.load(query_start_loc + row)
+    oldest = seq_len - num_queries - window + 1
+    gap = tl.maximum(tl.maximum(oldest, 0) // BLOCK_SIZE - SINK_BLOCKS, 0)
+    compact_len = seq_len - gap * BLOCK_SIZE
+    if tl.program_id(1) == 0:
+        tl.store(compact_lens + row, compact_len)
+
+    request = row
+    if HAS_REQUESTS:
+        request = tl.load(requests + row)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    # No row is wider than the table, unless a run without requests made up its lengths.
+    inside = (columns < (compact_len + BLOCK_SIZE - 1) // BLOCK_SIZE) & (columns < width)
+    source = columns + tl.where(columns < SINK_BLOCKS, 0, gap)
+    blocks = tl.load(block_table + request.to(tl.int64) * block_table_stride + source, mask=inside, other=0)
+    tl.store(compact_table + row.to(tl.int64) * compact_table_stride + columns, blocks, mask=inside)
+
+
+def compact_block_table(
+    block_table: torch.Tensor,
+    requests: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    window: int,
+    sinks: int,
+    block_size: int,
+    compact_table: torch.Tensor,
+    compact_lens: torch.Tensor,
+) -> None:
+    """Compact the tables of ``R`` rows of queries, in one launch and without waiting for the device.
+
+    A row with ``n`` tokens, the first of whose queries is at ``t``, loses the
+    ``gap = max(0, (t - W + 1) // block_size - ceil(S / block_size))`` blocks after those of the sinks. In the rest,
+    tokens between ``S`` and the end of the sinks' last block lie outside the window still.
+
+    Args:
+        block_table: ``[num_requests, width]`` int32.
+        requests: ``[R]`` int32, the rows' requests; None if row ``i`` belongs to request ``i``.
+        query_start_loc: ``[R + 1]`` int32, where in the batch a row's queries begin. A row without any is left alone.
+        seq_lens: ``[R]`` int32, tokens up to and with the row's last query.
+        window: ``W``.
+        sinks: ``S``.
+        block_size: tokens in a block.
+        compact_table: ``[>= R, >= compact_width]`` int32, written as far as the rows reach.
+        compact_lens: ``[>= R]`` int32, written: the compacted sequences' tokens.
+    """
+    tile = 1024
+    grid = (len(seq_lens), cdiv(compact_table.shape[1], tile))
+    _compact_kernel[grid](
+        block_table,
+        block_table.stride(0),
+        requests,
+        query_start_loc,
+        seq_lens,
+        compact_table,
+        compact_table.stride(0),
+        compact_lens,
+        window,
+        compact_table.shape[1],
+        SINK_BLOCKS=cdiv(sinks, block_size),
+        BLOCK_SIZE=block_size,
+        HAS_REQUESTS=requests is not None,
+        TILE=tile,
+    )

@@ -1,0 +1,210 @@
+"""An AHN layer's core on devices that run Triton: write the pages, attend, absorb, read, add.
+
+Window attention is vLLM's paged attention over compacted block tables; the memory's kernels are this package's own.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+from vllm_ahn.attention.gpu_metadata import AHNGpuMetadata, AttentionRows, Segments
+from vllm_ahn.attention.warm_up import warm_up_once
+from vllm_ahn.cache.page import StatePages, WindowPages
+from vllm_ahn.kernels.cache_write import write_window_pages
+from vllm_ahn.kernels.decode_memory import decode_memory
+from vllm_ahn.kernels.prefill_memory import prefill_memory
+from vllm_ahn.kernels.prefill_plan import CHUNK_SIZE, PrefillPlan
+from vllm_ahn.kernels.read_out import gated_squares, read_out
+from vllm_ahn.memory import DeltaNet, Mamba2, Memory, Router
+
+if TYPE_CHECKING:
+    from vllm_ahn.attention.layer import AHNAttention
+
+__all__ = ["reserve", "run", "warm_up_once"]
+
+
+def run(
+    layer: "AHNAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory_query: torch.Tensor,
+    gates: torch.Tensor | None,
+    z: torch.Tensor | None,
+    output: torch.Tensor,
+    metadata: AHNGpuMetadata,
+    state_table: torch.Tensor,
+) -> None:
+    """The operation itself; see :meth:`AHNAttention.run`. Writes ``output``."""
+    pages, memory, state_pages = layer.pages, layer.memory, layer.state.pages
+    assert pages is not None and state_pages is not None
+    write_window_pages(key, value, gates, metadata.slot_mapping, pages.keys, pages.values, pages.gates)
+    rows = metadata.causal if memory is None or metadata.windowed is None else metadata.windowed
+    attend(pages, query[: metadata.num_tokens], output, rows, metadata.segments, layer.scale)
+    if memory is None:
+        return
+    assert z is not None
+    where = (layer, memory, pages, state_pages, state_table, memory_query, z, output)
+    if metadata.decode_rows is not None:
+        decode(*where, metadata, metadata.decode_rows)
+    if metadata.prefill is not None:
+        prefill(*where, metadata.prefill)
+
+
+def reserve(layer: "AHNAttention", query: torch.Tensor) -> None:
+    """Take for a moment what the memory's prefill takes for a batch ``query [num_tokens, num_heads, head_size]``.
+
+    vLLM finds out how much memory is left for its cache by a run without requests.
+    """
+    if layer.memory is None:
+        return
+    # Inputs, outputs and what lies between of the chunk kernels, each as large as the queries, and a state a chunk.
+    chunks = cdiv(len(query), CHUNK_SIZE) + 1
+    states = chunks * query.shape[1] * query.shape[2] ** 2
+    torch.empty(12 * query.numel() + 2 * states, dtype=query.dtype, device=query.device)
+
+
+def attend(
+    pages: WindowPages,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    rows: AttentionRows,
+    segments: Segments,
+    scale: float,
+) -> None:
+    """Attention of all requests' queries, ``[num_tokens, num_heads, head_size]``, into their rows of ``output``."""
+    # Without sinks vLLM's usual sliding window does, in which tiles outside of it are not visited.
+    window_size = (-1, -1) if rows.window is None or rows.sinks is not None else (rows.window - 1, 0)
+    unified_attention(
+        q=query,
+        k=pages.keys.transpose(1, 2),
+        v=pages.values.transpose(1, 2),
+        out=output,
+        cu_seqlens_q=rows.query_start_loc,
+        max_seqlen_q=rows.max_query_len,
+        seqused_k=rows.lens,
+        max_seqlen_k=rows.max_len,
+        softmax_scale=scale,
+        causal=True,
+        window_size=window_size,
+        block_table=rows.block_table,
+        softcap=0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        seq_threshold_3D=segments.max_rows,
+        num_par_softmax_segments=segments.max.shape[-1],
+        softmax_segm_output=segments.output,
+        softmax_segm_max=segments.max,
+        softmax_segm_expsum=segments.sum,
+        rswa_prefix_lens=rows.sinks,
+        rswa_window=None if rows.sinks is None else rows.window,
+    )
+
+
+def decode(
+    layer: "AHNAttention",
+    memory: Memory,
+    pages: WindowPages,
+    state_pages: StatePages,
+    state_table: torch.Tensor,
+    memory_query: torch.Tensor,
+    z: torch.Tensor,
+    output: torch.Tensor,
+    metadata: AHNGpuMetadata,
+    rows: torch.Tensor,
+) -> None:
+    """Absorb and read one token of each request that has a row, and add what is read to ``output``."""
+    o = torch.empty((len(rows), *output.shape[1:]), dtype=torch.float32, device=output.device)
+    decode_memory(
+        memory_query,
+        pages.keys,
+        pages.values,
+        pages.gates,
+        metadata.block_table,
+        state_pages.columns,
+        state_table,
+        rows,
+        metadata.seq_lens,
+        o,
+        memory=type(memory).__name__,
+        window=layer.config.window,
+        sinks=layer.config.sinks,
+        scale=memory.scale,
+        A_log=memory.A_log if isinstance(memory, Mamba2) else None,
+    )
+    positions = metadata.seq_lens if layer.router is None else metadata.seq_lens - 1
+    read(memory, layer.router, o, z, rows, positions, output)
+
+
+def prefill(
+    layer: "AHNAttention",
+    memory: Memory,
+    pages: WindowPages,
+    state_pages: StatePages,
+    state_table: torch.Tensor,
+    memory_query: torch.Tensor,
+    z: torch.Tensor,
+    output: torch.Tensor,
+    plan: PrefillPlan,
+) -> None:
+    """Absorb what chunks evict, one token before each read, and add what is read to ``output``."""
+    o = prefill_memory(
+        memory_query,
+        pages.keys,
+        pages.values,
+        pages.gates,
+        state_pages.columns,
+        state_table,
+        plan,
+        memory=type(memory).__name__,
+        scale=memory.scale,
+        A_log=memory.A_log if isinstance(memory, Mamba2) else None,
+    )
+    read(memory, layer.router, o, z, plan.rows, plan.positions, output)
+
+
+def read(
+    memory: Memory,
+    router: Router | None,
+    o: torch.Tensor,
+    z: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """Norm, gate, project and weigh what was read, and add it to ``output``.
+
+    Args:
+        memory: the layer's memory.
+        router: weighs it against the attention output, or None for an even sum.
+        o: ``[num_reads, num_heads, head_size]``, from the recurrence.
+        z: ``[num_tokens, num_heads]`` float32, read-out gates of the batch.
+        rows: ``[num_reads]`` int32, the reading tokens' rows in the batch, -1 where nothing was read.
+        positions: ``[num_reads]`` integer, their positions; not looked at without a router.
+        output: ``[num_tokens, num_heads, head_size]``, updated.
+    """
+    weights = None if router is None else router(positions)
+    if isinstance(memory, Mamba2):
+        squares = torch.empty(len(rows), dtype=torch.float32, device=o.device)
+        gated_squares(o, z, rows, squares)
+        if memory.tp_size > 1:
+            squares = tensor_model_parallel_all_reduce(squares)
+        size = memory.total_num_heads * memory.head_size
+        read_out(
+            o,
+            z,
+            rows,
+            memory.norm.weight,
+            memory.o_proj.weight,
+            output,
+            squares=squares,
+            norm_size=size,
+            router=weights,
+        )
+    else:
+        assert isinstance(memory, DeltaNet)
+        read_out(o, z, rows, memory.o_norm.weight, memory.o_proj.weight, output, router=weights)

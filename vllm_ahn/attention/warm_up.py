@@ -1,0 +1,81 @@
+"""Compiles and tunes the Triton core's kernels before the first request needs them.
+
+vLLM warms up with prompts of a few tokens, none of which reaches the memory: without this, the first long request would
+wait for the compiler.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_ahn.attention.gpu_metadata import AHNGpuMetadataPlanner
+from vllm_ahn.cache.specs import AHNWindowSpec
+
+if TYPE_CHECKING:
+    from vllm_ahn.attention.layer import AHNAttention
+
+CHUNK = 130
+"""New tokens of the request that brings a chunk, more than two of the chunk kernels' own chunks."""
+
+_warm: set[tuple[object, ...]] = set()
+
+
+def warm_up_once(layer: "AHNAttention") -> None:
+    """:func:`warm_up`, unless a layer like this one has been warmed up, or kernels are interpreted."""
+    pages, state_pages = layer.pages, layer.state.pages
+    assert pages is not None and state_pages is not None
+    kind = (type(layer.memory), layer.router is None, pages.layout, pages.pages.device, state_pages.layout)
+    if kind not in _warm and layer.memory is not None and not triton.knobs.runtime.interpret:
+        _warm.add(kind)
+        warm_up(layer)
+
+
+def warm_up(layer: "AHNAttention") -> None:
+    """Run a step with a decode and a chunk past ``W + S``, and one with decodes alone, all in block 0.
+
+    vLLM never gives block 0 to a request.
+    """
+    pages, state_pages, memory = layer.pages, layer.state.pages, layer.memory
+    assert pages is not None and state_pages is not None and memory is not None
+    layout, config = pages.layout, layer.config
+    spec = AHNWindowSpec(
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        head_size=layout.head_size,
+        dtype=layout.dtype,
+        state_content_bytes=layout.content_bytes,
+        dcp_sharded=False,
+        window=config.window,
+        sinks=config.sinks,
+        max_in_flight_tokens=0,
+    )
+    device = pages.pages.device
+    planner = AHNGpuMetadataPlanner(
+        spec, num_heads=layer.num_heads, max_requests=2, max_tokens=1 + CHUNK, device=device
+    )
+    state_table = torch.zeros((2, state_pages.layout.num_pages), dtype=torch.int32, device=device)
+    for query_lens in ((1, CHUNK), (1, 1)):
+        starts = torch.tensor((0, query_lens[0], sum(query_lens)), dtype=torch.int32)
+        seq_lens = torch.tensor(query_lens, dtype=torch.int32) + config.capacity
+        num_tokens, max_len = sum(query_lens), int(seq_lens.max())
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens.to(device),
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=2,
+            num_actual_tokens=num_tokens,
+            max_query_len=max(query_lens),
+            max_seq_len=max_len,
+            block_table_tensor=torch.zeros((2, cdiv(max_len, layout.block_size)), dtype=torch.int32, device=device),
+            slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        )
+        query = torch.ones((num_tokens, layer.num_heads, layout.head_size), dtype=layout.dtype, device=device)
+        key = query[:, : layout.num_kv_heads].contiguous()
+        gates = torch.zeros((num_tokens, layer.num_heads, memory.num_gates), device=device)
+        z = torch.zeros((num_tokens, layer.num_heads), device=device)
+        output = torch.empty_like(query)
+        layer.run(query, key, key, query, gates, z, output, planner.plan(common), state_table)
