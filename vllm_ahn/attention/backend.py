@@ -14,8 +14,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ahn.attention.cpu import attention_isa
-from vllm_ahn.attention.metadata import AHNMetadata, AHNMetadataPlanner
+from vllm_ahn.attention.batch import AHNMetadata
+from vllm_ahn.attention.planner import AHNPlanner
 from vllm_ahn.cache.specs import AHNWindowSpec
 
 
@@ -68,12 +68,10 @@ class AHNMetadataBuilder(AttentionMetadataBuilder[AHNMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert isinstance(kv_cache_spec, AHNWindowSpec)
-        self.planner = AHNMetadataPlanner(
+        self.planner = AHNPlanner(
             kv_cache_spec,
             num_heads=vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
-            model_dtype=vllm_config.model_config.dtype,
-            isa=attention_isa(kv_cache_spec.block_size, kv_cache_spec.head_size),
-            has_full_layers=kv_cache_spec.retain_all,
+            dtype=vllm_config.model_config.dtype,
         )
 
     def build(

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_ahn.attention import cpu
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
-from vllm_ahn.attention.metadata import AHNMetadata
+from vllm_ahn.attention.batch import AHNMetadata
 from vllm_ahn.attention.op import ahn_attention, encode_layer_name
 from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
@@ -157,21 +157,24 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         memory = self.memory
         if memory is None:
             assert metadata.everything is not None
-            cpu.causal_attention(pages, query, output, metadata.everything, self.scale)
+            cpu.attend_paged(pages, query, output, metadata.everything, self.scale)
             return
-        if metadata.inside is not None:
-            cpu.causal_attention(pages, query, output, metadata.inside, self.scale)
+        for paged in (metadata.inside, metadata.past):
+            if paged is not None:
+                cpu.attend_paged(pages, query, output, paged, self.scale)
         if metadata.decodes is None and not metadata.chunks:
             return
 
         assert z is not None and self.state.pages is not None
         where = (memory, pages, self.state.pages, state_table, memory_query)
         if (batch := metadata.decodes) is not None:
-            cpu.attend_decodes(pages, query, output, batch, self.scale)
+            if batch.keys is not None:
+                cpu.attend_decodes(pages, query, output, batch.rows, batch.keys, self.scale)
             o = cpu.absorb_and_read_decodes(*where, batch)
             output[batch.rows] += cpu.contribution(memory, self.router, o, z[batch.rows], batch.positions)
         for chunk in metadata.chunks:
-            cpu.attend_chunk(pages, query, output, chunk, self.scale)
+            for keys in chunk.keys:
+                cpu.attend_chunk(pages, query, output, keys, self.scale)
             o = cpu.absorb_and_read_chunk(*where, chunk)
             reads = slice(chunk.first_row, chunk.last_row)
             output[reads] += cpu.contribution(memory, self.router, o, z[reads], chunk.read_positions())
