@@ -8,6 +8,7 @@ compiles for one engine only. While it waits for a command it uses no CPU.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -15,6 +16,13 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Throughput:
     """Several requests at once."""
 
     seconds: float
+    cpu_s: float
+    """Seconds of processor time, all threads: what other programs take is not in it."""
     first_tokens_s: float
     """Seconds until every request had its first token."""
     tokens: list[list[int]]
@@ -59,9 +69,12 @@ class EngineProcess:
     """
 
     def __init__(self, arguments: dict[str, Any], threads: int) -> None:
+        # Before the process starts: what it imports on its way reads the number of threads.
+        os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(threads))
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(theirs, arguments, threads), daemon=True)
+        self._process = context.Process(target=_run, args=(theirs, arguments), daemon=True)
         self._process.start()
         theirs.close()
         self.info: dict[str, Any] = self._receive()
@@ -97,15 +110,7 @@ class EngineProcess:
             raise RuntimeError(f"the engine's process ended, exit code {self._process.exitcode}") from None
 
 
-def _run(pipe: Connection, arguments: dict[str, Any], threads: int) -> None:
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_LOGGING_LEVEL="ERROR",
-        VLLM_NO_USAGE_STATS="1",
-        OMP_NUM_THREADS=str(threads),
-    )
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+def _run(pipe: Connection, arguments: dict[str, Any]) -> None:
     started = time.perf_counter()
     engine = _Engine(arguments)
     pipe.send({"start_s": time.perf_counter() - started, **engine.describe()})
@@ -132,12 +137,15 @@ class _Engine:
         self.counter = 0
 
     def describe(self) -> dict[str, Any]:
+        import torch
+
         config = self.engine.vllm_config
         return {
             "max_model_len": config.model_config.max_model_len,
             "block_size": config.cache_config.block_size,
             "num_blocks": self.scheduler.kv_cache_config.num_blocks,
             "block_bytes": self.block_bytes(),
+            "threads": torch.get_num_threads(),
             "compiled": not config.model_config.enforce_eager,
             "attention": sorted({type(layer).__name__ for layer in self.layers()}),
         }
@@ -146,9 +154,10 @@ class _Engine:
         return list(self.engine.vllm_config.compilation_config.static_forward_context.values())
 
     def block_bytes(self) -> int:
-        """What a block takes in the pool, from the tensors that the engine has allocated for it."""
-        cache = self.scheduler.kv_cache_config
-        return sum(tensor.size for tensor in cache.kv_cache_tensors) // cache.num_blocks
+        """What a block takes in the pool, over all layers: the memory allocated for it, over the number of blocks."""
+        storages = [layer.kv_cache.untyped_storage() for layer in self.layers()]
+        allocated = {storage.data_ptr(): storage.nbytes() for storage in storages}  # groups lie over each other
+        return sum(allocated.values()) // self.scheduler.kv_cache_config.num_blocks
 
     def held_blocks(self) -> int:
         pool = self.scheduler.kv_cache_manager.block_pool
@@ -171,14 +180,15 @@ class _Engine:
                 continue
             outputs += new
             times.append(time.perf_counter())
-            blocks = max(blocks, self.held_blocks())
-        steps = [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+            if len(times) > 3:  # the first decode step still holds what the last chunk of the prompt needed
+                blocks = max(blocks, self.held_blocks())
+        steps = [after - before for before, after in itertools.pairwise(times[1:])]
         tokens = list(outputs[-1].outputs[0].token_ids)
         return Answer(times[1] - times[0], steps, tokens, blocks, self.block_bytes())
 
     def throughput(self, prompts: list[list[int]], max_tokens: int) -> Throughput:
         first = self.counter
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for prompt in prompts:
             self.add(prompt, max_tokens)
         begun: set[str] = set()
@@ -191,16 +201,18 @@ class _Engine:
                     tokens[output.request_id] = list(output.outputs[0].token_ids)
             if len(begun) == len(prompts) and not first_tokens_s:
                 first_tokens_s = time.perf_counter() - started
-        seconds = time.perf_counter() - started
-        return Throughput(seconds, first_tokens_s, [tokens[str(first + i)] for i in range(len(prompts))])
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+        in_order = [tokens[str(first + number)] for number in range(len(prompts))]
+        return Throughput(seconds, cpu_s, first_tokens_s, in_order)
 
     def profile(self, prompt: list[int], max_tokens: int) -> str:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as torch_profile
 
         self.add(prompt, max_tokens)
-        while not self.engine.step():
-            pass
+        steps = 0
+        while steps < 3:  # the prompt, and what the first decode steps set up
+            steps += bool(self.engine.step())
         with torch_profile(activities=[ProfilerActivity.CPU]) as profiler:
             while self.engine.has_unfinished_requests():
                 self.engine.step()

@@ -44,7 +44,7 @@ def run(
         prompts: token prompts, all submitted at once.
         max_tokens: tokens to generate for each.
         environment: variables to set beside, or instead of, :data:`ENVIRONMENT`.
-        constants: values for constants of ``vllm_ahn.attention.gpu_metadata``. Smaller ones let a small batch come to
+        constants: values for constants of ``vllm_ahn.attention.gpu.metadata``. Smaller ones let a small batch come to
             what only large ones do otherwise, and the interpreter finish sooner.
         warm_up: run the kernels' warm-up first, which the interpreter has no need of.
         arguments: the engine's.
@@ -82,7 +82,9 @@ def main() -> None:
     import vllm
 
     from engines import engine, greedy, metric, worker_layers
-    from vllm_ahn.attention import core, gpu_metadata, warm_up
+    from vllm_ahn.attention import core
+    from vllm_ahn.attention.gpu import metadata as gpu_metadata
+    from vllm_ahn.attention.gpu import warm_up
     from vllm_ahn.attention.layer import AHNAttention
 
     job = json.load(sys.stdin)

@@ -15,7 +15,7 @@ def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) ->
     cases = [golden.case(length) for length in lengths]
     ahn = {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
     result = run(golden.base, ahn, [case.prompt.tolist() for case in cases], GENERATED, **arguments)
-    assert result["core"] == "vllm_ahn.attention.gpu"
+    assert result["core"] == "vllm_ahn.attention.gpu.core"
     for case, tokens in zip(cases, result["tokens"], strict=True):
         assert tokens == case.tokens.tolist(), case.length
     return result

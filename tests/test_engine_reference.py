@@ -31,12 +31,21 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("sinks_fill_blocks", [False, True], ids=["gathered", "rearranged"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits(name: str, tmp_path: Path) -> None:
-    """Prompts of every kind of length in one batch, chunks that end anywhere, window and sinks at odd numbers."""
+def test_logits(name: str, sinks_fill_blocks: bool, tmp_path: Path) -> None:
+    """Prompts of every kind of length in one batch, chunks that end anywhere, windows at odd numbers.
+
+    Attention past W + S has two ways, by whether sinks and window fill blocks; see `vllm_ahn.attention.cpu.lossless`.
+    """
     seed = list(MODELS).index(name)
     generator = torch.Generator().manual_seed(seed)
+    block_size = (16, 32, 64)[seed % 3]
     window, sinks = (int(n) for n in torch.randint(1, 60, (2,), generator=generator))
+    if sinks_fill_blocks:
+        window, sinks = window + block_size, seed % 3 * block_size
+    elif sinks % block_size == 0:
+        sinks += 1
     capacity = window + sinks
     lengths = [1, capacity, capacity + 1, capacity + 20, 150, 333]
     prompts = [torch.randint(500, (length,), generator=generator) for length in lengths]
@@ -44,7 +53,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
     with engine(
         paths.base,
         {"checkpoint": str(paths.ahn), "window": window, "sinks": sinks},
-        block_size=(16, 32, 64)[seed % 3],
+        block_size=block_size,
         max_num_batched_tokens=(50, 600)[seed % 2],
         max_num_seqs=8,
         logprobs_mode="raw_logits",

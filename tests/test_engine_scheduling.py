@@ -58,7 +58,7 @@ def test_preemption(golden: Golden) -> None:
         max_model_len=400,
         max_num_batched_tokens=32,
         max_num_seqs=8,
-        num_gpu_blocks_override=20,
+        num_gpu_blocks_override=14,
     ) as llm:
         results = greedy(llm, [case.prompt for case in cases], GENERATED)
         assert metric(llm, "vllm:num_preemptions") > 0

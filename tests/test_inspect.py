@@ -7,9 +7,9 @@ import pathlib
 
 import pytest
 
-from vllm_ahn import inspect
 from vllm_ahn.checkpoint import Checkpoint
 from vllm_ahn.checkpoint.tensors import AHNOptions
+from vllm_ahn.commands import inspect
 from vllm_ahn.tiny import make_tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from golden_data import CONFIGURATIONS
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
-from vllm_ahn.attention.gpu_metadata import AHNGpuMetadataBuilder
+from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataBuilder
 from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
 from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec

@@ -8,8 +8,9 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ahn.attention import gpu, gpu_metadata
-from vllm_ahn.attention.gpu_metadata import AHNGpuMetadataPlanner
+from vllm_ahn.attention.gpu import core as gpu
+from vllm_ahn.attention.gpu import metadata as gpu_metadata
+from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataPlanner
 from vllm_ahn.cache.page import WindowPageLayout, WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec
 

@@ -1,4 +1,4 @@
-"""Which of the two cores computes AHN layers in this process: ``cpu.py``, or ``gpu.py`` with Triton kernels."""
+"""Which of the two cores computes AHN layers in this process: ``cpu``, or ``gpu`` with Triton kernels."""
 
 import functools
 import os
@@ -24,9 +24,9 @@ def core() -> ModuleType:
     They are imported on demand: each needs kernels that the other's device lacks.
     """
     if runs_triton():
-        from vllm_ahn.attention import gpu
+        from vllm_ahn.attention.gpu import core as gpu
 
         return gpu
-    from vllm_ahn.attention import cpu
+    from vllm_ahn.attention.cpu import core as cpu
 
     return cpu

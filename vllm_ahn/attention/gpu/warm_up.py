@@ -11,7 +11,7 @@ import triton
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ahn.attention.gpu_metadata import AHNGpuMetadataPlanner
+from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataPlanner
 from vllm_ahn.cache.specs import AHNWindowSpec
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 from vllm import _custom_ops as ops
 
-from vllm_ahn.attention.cpu_isa import attention_isa
-from vllm_ahn.attention.metadata import AHNMetadata, CausalBatch, Chunk, DecodeBatch
+from vllm_ahn.attention.cpu.batch import AHNMetadata, Chunk, ChunkKeys, DecodeBatch, DecodeKeys, PagedBatch
+from vllm_ahn.attention.cpu.isa import attention_isa
 from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, recurrent_step
 from vllm_ahn.memory import Memory, Router
@@ -39,21 +39,24 @@ def run(
     write_pages(pages, key[tokens], value[tokens], None if gates is None else gates[tokens], metadata)
     if memory is None:
         assert metadata.everything is not None
-        causal_attention(pages, query, output, metadata.everything, layer.scale)
+        attend_paged(pages, query, output, metadata.everything, layer.scale)
         return
-    if metadata.inside is not None:
-        causal_attention(pages, query, output, metadata.inside, layer.scale)
+    for paged in (metadata.inside, metadata.past):
+        if paged is not None:
+            attend_paged(pages, query, output, paged, layer.scale)
     if metadata.decodes is None and not metadata.chunks:
         return
 
     assert z is not None and layer.state.pages is not None
     where = (memory, pages, layer.state.pages, state_table, memory_query)
     if (batch := metadata.decodes) is not None:
-        attend_decodes(pages, query, output, batch, layer.scale)
+        if batch.keys is not None:
+            attend_decodes(pages, query, output, batch.rows, batch.keys, layer.scale)
         o = absorb_and_read_decodes(*where, batch)
         output[batch.rows] += contribution(memory, layer.router, o, z[batch.rows], batch.positions)
     for chunk in metadata.chunks:
-        attend_chunk(pages, query, output, chunk, layer.scale)
+        for keys in chunk.keys:
+            attend_chunk(pages, query, output, keys, layer.scale)
         o = absorb_and_read_chunk(*where, chunk)
         reads = slice(chunk.first_row, chunk.last_row)
         output[reads] += contribution(memory, layer.router, o, z[reads], chunk.read_positions())
@@ -94,10 +97,10 @@ def write_pages(
         pages.gates[metadata.slot_mapping // size, :, metadata.slot_mapping % size] = by_kv_head
 
 
-def causal_attention(
-    pages: WindowPages, query: torch.Tensor, output: torch.Tensor, batch: CausalBatch, scale: float
+def attend_paged(
+    pages: WindowPages, query: torch.Tensor, output: torch.Tensor, batch: PagedBatch, scale: float
 ) -> None:
-    """Plain causal attention of whole requests, by vLLM's kernel.
+    """Causal attention of a batch by vLLM's kernel, on the pages where they are.
 
     ``query`` and ``output`` are ``[num_tokens, num_heads, head_size]``; the batch's rows of ``output`` are written.
     """
@@ -113,7 +116,7 @@ def causal_attention(
         scale=scale,
         causal=True,
         alibi_slopes=None,
-        sliding_window=-1,
+        sliding_window=batch.sliding_window,
         block_table=batch.block_table,
         softcap=0,
         scheduler_metadata=batch.scheduler_metadata,
@@ -123,35 +126,35 @@ def causal_attention(
         output[rows] = attended
 
 
-def attend_chunk(pages: WindowPages, query: torch.Tensor, output: torch.Tensor, chunk: Chunk, scale: float) -> None:
-    """Sinks and window of one request's chunk; its rows of ``output`` are written."""
-    for block in chunk.query_blocks:
-        keys = pages.keys_transposed[block.key_blocks].permute(1, 0, 3, 2).flatten(1, 2)
-        values = pages.values[block.key_blocks].transpose(0, 1).flatten(1, 2)
-        rows = slice(block.start, block.end)
-        attended = F.scaled_dot_product_attention(
-            query[rows].transpose(0, 1).unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            attn_mask=block.visible,
-            scale=scale,
-            enable_gqa=True,
-        )
-        output[rows] = attended.squeeze(0).transpose(0, 1)
+def attend_chunk(pages: WindowPages, query: torch.Tensor, output: torch.Tensor, keys: ChunkKeys, scale: float) -> None:
+    """Attention of some of one request's queries over gathered keys; their rows of ``output`` are written."""
+    rows = slice(keys.start, keys.end)
+    attended = F.scaled_dot_product_attention(
+        query[rows].transpose(0, 1).unsqueeze(0),
+        pages.keys_transposed[keys.blocks].permute(1, 0, 3, 2).flatten(1, 2).unsqueeze(0),
+        pages.values[keys.blocks].transpose(0, 1).flatten(1, 2).unsqueeze(0),
+        attn_mask=keys.visible,
+        scale=scale,
+        enable_gqa=True,
+    )
+    output[rows] = attended.squeeze(0).transpose(0, 1)
 
 
 def attend_decodes(
-    pages: WindowPages, query: torch.Tensor, output: torch.Tensor, batch: DecodeBatch, scale: float
+    pages: WindowPages,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    rows: torch.Tensor,
+    keys: DecodeKeys,
+    scale: float,
 ) -> None:
-    """Sinks and window of one token of each request; their rows of ``output`` are written."""
-    num_kv_heads = pages.layout.num_kv_heads
-    keys = pages.keys_transposed[batch.key_blocks].permute(0, 2, 3, 1, 4).flatten(3)
-    values = pages.values[batch.key_blocks].transpose(1, 2).flatten(2, 3)
-    queries = query[batch.rows].unflatten(1, (num_kv_heads, -1))
-    scores = (queries @ keys).float() * scale
-    scores.masked_fill_(~batch.visible[:, None, None], -torch.inf)
-    attended = scores.softmax(-1).to(values.dtype) @ values
-    output[batch.rows] = attended.flatten(1, 2)
+    """Attention of one query of each request over gathered keys; the ``rows`` of ``output`` are written."""
+    keys_by_head = pages.keys_transposed[keys.blocks].permute(0, 2, 3, 1, 4).flatten(3)
+    values = pages.values[keys.blocks].transpose(1, 2).flatten(2, 3)
+    queries = query[rows].unflatten(1, (pages.layout.num_kv_heads, -1))
+    scores = (queries @ keys_by_head).float() * scale
+    scores.masked_fill_(~keys.visible[:, None, None], -torch.inf)
+    output[rows] = (scores.softmax(-1).to(values.dtype) @ values).flatten(1, 2)
 
 
 def absorb_and_read_chunk(

@@ -1,4 +1,4 @@
-"""What to ask of vLLM's CPU attention."""
+"""Which of vLLM's CPU attention kernels can share pages with a compressed memory."""
 
 
 def attention_isa(block_size: int, head_size: int) -> str:

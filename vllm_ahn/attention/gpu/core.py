@@ -10,8 +10,8 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-from vllm_ahn.attention.gpu_metadata import AHNGpuMetadata, AttentionRows, Segments
-from vllm_ahn.attention.warm_up import warm_up_once
+from vllm_ahn.attention.gpu.metadata import AHNGpuMetadata, AttentionRows, Segments
+from vllm_ahn.attention.gpu.warm_up import warm_up_once
 from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.kernels.cache_write import write_window_pages
 from vllm_ahn.kernels.decode_memory import decode_memory

@@ -1,0 +1,57 @@
+"""``examples/demo.py`` from start to end: what it prints, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import psutil
+
+from servers import environment, run
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
+
+
+def row(printed: str, name: str) -> list[int]:
+    """The numbers of a row of the demo's table."""
+    match = re.search(rf"^{name}((?: +[0-9,]+)+)$", printed, re.MULTILINE)
+    assert match is not None, printed
+    return [int(number.replace(",", "")) for number in match[1].split()]
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = run([sys.executable, str(DEMO)], env=environment(tmp_path / "cache"), timeout=240)
+    printed = result.stdout
+    assert result.returncode == 0, printed + result.stderr
+    assert "\nserver stopped" in printed
+
+    prompt = re.search(r"prompt: (\d+) tokens = (\d+) windows of (\d+)", printed)
+    assert prompt is not None, printed
+    tokens, windows, window = map(int, prompt.groups())
+    assert windows >= 8 and tokens == windows * window
+    answer = re.search(r"^(\d+) tokens after (\d+);", printed, re.MULTILINE)
+    assert answer is not None, printed
+    assert int(answer[2]) == tokens
+    length = tokens + int(answer[1])
+
+    seen = re.search(r"read (\d+) times: (\d+) to (\d+) of its (\d+) blocks of (\d+) tokens", printed)
+    assert seen is not None, printed
+    times, fewest, most, pool, size = map(int, seen.groups())
+    assert times > 0
+    blocks, block_bytes, held_bytes = row(printed, "AHN, measured")
+    full_blocks, full_block_bytes, full_bytes = row(printed, "full attention, computed")
+    # The tiny model: 3 layers, 2 KV heads of 32 (of 4 heads), float32, and two gates a head beside K and V.
+    assert full_block_bytes == 3 * 2 * size * (32 + 32) * 4
+    assert block_bytes == 3 * 2 * size * (32 + 32 + 2 * 2) * 4
+    assert full_blocks == -(-length // size) and full_bytes == full_blocks * full_block_bytes
+    assert pool == (64 << 20) // block_bytes
+    assert held_bytes == blocks * block_bytes and blocks == most
+    # Sinks 1, window 8 and one for its place in a block, state 4 heads * 32 columns at 68 a page: 2.
+    assert fewest >= 1 + window // size + 2
+    assert most <= 1 + window // size + 1 + 2 + 1
+
+    url = re.search(r"--port (\d+)", printed)
+    assert url is not None
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if url[1] in (p.info["cmdline"] or [])]
+    assert not left, left

@@ -1,0 +1,1 @@
+"""AHN layers on CPUs: plain torch, and vLLM's paged attention."""

@@ -1,0 +1,1 @@
+"""AHN layers on devices that run Triton."""
