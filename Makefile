@@ -32,7 +32,7 @@ lint: $(BIN)/vllm-ahn
 	@$(BIN)/mypy
 
 test: lint
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 .contract/vllm-%: requirements/vllm-sources.sh $(BIN)/vllm-ahn
 	@PYTHON=$(BIN)/python requirements/vllm-sources.sh $* $@
