@@ -220,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gate-precision")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the products are small: threads would mostly wait for each other
     started = time.perf_counter()
     errors = {}
     for memory, kind in KINDS.items():
