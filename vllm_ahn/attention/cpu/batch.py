@@ -102,8 +102,11 @@ class AHNMetadata:
     num_tokens: int
     slot_mapping: torch.Tensor
     """``[num_tokens]`` int64, where the new tokens' keys, values and gates go."""
-    new_blocks: torch.Tensor
-    """``[n]`` int64, window blocks that this step begins and does not fill."""
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    """``[num_tokens]`` int64 each: the same, as blocks and offsets in them."""
+    new_blocks: torch.Tensor | None
+    """``[n]`` int64, window blocks that this step begins and does not fill; None if there are none."""
     everything: PagedBatch | None
     """Plain attention of all requests, for layers that are full attention; None if the model has none."""
     inside: PagedBatch | None

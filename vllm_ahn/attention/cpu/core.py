@@ -88,13 +88,13 @@ def write_pages(
     """
     # A recycled block may hold anything, for instance float32 state read as bfloat16, one in 550 of which is NaN. A
     # masked NaN still spoils a product, so a block that this step begins and does not fill is cleared first.
-    pages.pages.index_fill_(0, metadata.new_blocks, 0)
-    size = pages.layout.block_size
-    isa = attention_isa(size, pages.layout.head_size)
+    if metadata.new_blocks is not None:
+        pages.pages.index_fill_(0, metadata.new_blocks, 0)
+    isa = attention_isa(pages.layout.block_size, pages.layout.head_size)
     ops.cpu_attn_reshape_and_cache(key, value, pages.keys, pages.values, metadata.slot_mapping, isa)
     if gates is not None:
         by_kv_head = gates.reshape(len(gates), pages.layout.num_kv_heads, -1).to(pages.layout.dtype)
-        pages.gates[metadata.slot_mapping // size, :, metadata.slot_mapping % size] = by_kv_head
+        pages.gates[metadata.blocks, :, metadata.offsets] = by_kv_head
 
 
 def attend_paged(

@@ -38,12 +38,15 @@ class AHNPlanner:
     def plan(self, common: CommonAttentionMetadata) -> AHNMetadata:
         """Plan a step. ``common`` is the window group's; its tensors live on the CPU."""
         slot_mapping = common.slot_mapping[: common.num_actual_tokens]
+        blocks, offsets = slot_mapping // self.spec.block_size, slot_mapping % self.spec.block_size
         past = common.seq_lens > self.spec.capacity
         everything = self._natural(common, None) if self.spec.retain_all else None
         metadata = AHNMetadata(
             num_tokens=common.num_actual_tokens,
             slot_mapping=slot_mapping,
-            new_blocks=self._partly_new_blocks(slot_mapping),
+            blocks=blocks,
+            offsets=offsets,
+            new_blocks=self._partly_new_blocks(blocks, offsets),
             everything=everything,
             inside=None,
         )
@@ -61,10 +64,11 @@ class AHNPlanner:
         metadata.chunks = [self._chunk(common, int(request)) for request in (past & ~single).nonzero()]
         return metadata
 
-    def _partly_new_blocks(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        blocks, offsets = slot_mapping // self.spec.block_size, slot_mapping % self.spec.block_size
+    def _partly_new_blocks(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
         begun, filled = blocks[offsets == 0], blocks[offsets == self.spec.block_size - 1]
-        return begun[torch.isin(begun, filled, invert=True)]
+        if len(begun) and len(filled):
+            begun = begun[torch.isin(begun, filled, invert=True)]
+        return begun if len(begun) else None
 
     def _natural(self, common: CommonAttentionMetadata, requests: torch.Tensor | None) -> PagedBatch:
         """Plain causal attention of the given requests, or of all."""
