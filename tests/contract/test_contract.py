@@ -136,7 +136,7 @@ def names(function: Any) -> set[str]:
 def test_interfaces_of_the_attention() -> None:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    from vllm_ahn.attention import gpu
+    from vllm_ahn.attention.gpu import core as gpu
 
     called = {keyword for keyword in names(unified_attention) if f"        {keyword}=" in inspect.getsource(gpu.attend)}
     assert {"rswa_prefix_lens", "rswa_window", "seqused_k", "block_table", "seq_threshold_3D"} <= called

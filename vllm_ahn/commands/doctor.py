@@ -134,9 +134,9 @@ def _machine(report: Report) -> None:
         name = platform.processor() or platform.machine()
     report.add("platform", f"{current_platform.device_type or 'none'} ({name})")
     if current_platform.is_cpu():
-        report.add("path", "plain PyTorch, exact in float32; bfloat16 as well")
+        report.add("path", "vLLM's CPU attention and plain PyTorch; float32, bfloat16, float16")
         report.add("tensor parallelism", "yes, one process a group of cores (VLLM_CPU_OMP_THREADS_BIND='0|1')")
-        report.add("pipeline parallelism", "no: vLLM 0.32 does not have it on the CPU")
+        report.add("pipeline parallelism", "no: vLLM does not have it on the CPU")
         compiler = os.environ.get("CXX") or "g++"
         found = shutil.which(compiler)
         report.add("torch.compile", f"yes, with {found}" if found else f"no: {compiler} is not installed")
@@ -146,7 +146,7 @@ def _machine(report: Report) -> None:
                 "there: install it, or serve with --enforce-eager"
             )
     elif current_platform.is_cuda_alike():
-        report.add("path", "Triton and flash-linear-attention kernels")
+        report.add("path", "Triton and flash-linear-attention kernels, so far run in an interpreter only")
     else:
         report.problem(
             f"AHN has no path for vLLM's platform {type(current_platform).__name__}, expected a CPU or a GPU"

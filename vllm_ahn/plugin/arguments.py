@@ -1,4 +1,4 @@
-"""All patches of vLLM: the flags, and the one place through which every way to ask for an AHN passes.
+"""All that is replaced in vLLM: the flags, and the one place through which every way to ask for an AHN passes.
 
 ``vllm serve BASE --ahn CKPT``, ``LLM(model=BASE, additional_config={"ahn": CKPT})`` and a BASE with the AHN
 merged in all come to `EngineArgs.create_model_config`. There the wish is resolved to an `AHNConfig`, which

@@ -1,8 +1,8 @@
-"""The whole model in plain torch, written from the paper's formulas and sharing nothing with the engine.
+"""The whole model in plain torch, written from the paper's formulas, differentiable, for any length.
 
-`ReferenceModel` is what the engine's outputs are compared with, and is differentiable. It imports neither
-vLLM nor the engine's layers; of this project it uses `vllm_ahn.kernels`, whose token loop can be asked for by
-``recurrence="naive"``.
+`ReferenceModel` is what the engine's outputs are compared with. It imports neither vLLM nor the engine's layers and
+memories. With ``recurrence="naive"`` it shares no arithmetic with the engine but the l2 norm; the default is the
+chunk-parallel recurrence of `vllm_ahn.kernels`, which is the CPU core's as well.
 """
 
 from .loading import from_folders

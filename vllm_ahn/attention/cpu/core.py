@@ -1,6 +1,7 @@
 """An AHN layer's core on the CPU: write the pages, attend, absorb, read, add.
 
-Plain torch, batched over requests and chunk-parallel over tokens; attention inside the window is vLLM's own kernel.
+Plain torch, batched over requests and chunk-parallel over tokens. Attention is vLLM's own paged kernel, past the window
+too wherever sinks and window fill blocks.
 """
 
 from typing import TYPE_CHECKING

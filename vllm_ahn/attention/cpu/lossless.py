@@ -1,6 +1,6 @@
 """The lossless memory's attention, planned: which keys a query past ``W + S`` sees, and how a kernel gets at them.
 
-A query at ``t`` sees ``{ j <= t : t - j < W  or  j < S }``. Paged attention kernels know sliding windows, but no sinks.
+A query at ``t`` sees ``{ j <= t : t - j < W  or  j < S }``. vLLM's CPU kernel knows sliding windows, but no sinks.
 A block table can be rearranged so that a sliding window is all that is needed: for queries that begin in block ``b``,
 take
 
