@@ -5,7 +5,7 @@ each has a cache spec, a manager and a block table of its own.
 """
 
 from abc import abstractmethod
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -140,24 +140,6 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
             encode_layer_name(self.layer_name),
         )
         return output
-
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        memory_query: torch.Tensor,
-        gates: torch.Tensor | None,
-        z: torch.Tensor | None,
-        output: torch.Tensor,
-        metadata: Any,
-        state_table: torch.Tensor,
-    ) -> None:
-        """The operation itself, on tensors split by heads; writes ``output``. Shapes as in :meth:`forward`.
-
-        ``metadata`` is what the core's planner made of the step, ``state_table`` the state group's block table.
-        """
-        core().run(self, query, key, value, memory_query, gates, z, output, metadata, state_table)
 
     def window_layout(self, block_size: int, dtype: torch.dtype) -> WindowPageLayout:
         # Layers without a memory take the same pages as the others, so that all share a group.

@@ -38,7 +38,7 @@ def _ahn_attention(
     assert isinstance(context.attn_metadata, dict)
     metadata = context.attn_metadata[layer.layer_name]
     state_table = context.attn_metadata[layer.state.layer_name]
-    layer.run(query, key, value, memory_query, gates, z, output, metadata, state_table)
+    core().run(layer, query, key, value, memory_query, gates, z, output, metadata, state_table)
 
 
 def _ahn_attention_fake(

@@ -32,7 +32,11 @@ def run(
     metadata: AHNMetadata,
     state_table: torch.Tensor,
 ) -> None:
-    """The operation itself; see :meth:`AHNAttention.run`. Writes ``output``."""
+    """The operation itself, on tensors split by heads; writes ``output``.
+
+    Shapes are those of :meth:`AHNAttention.forward`; ``metadata`` is what this core's planner made of the step,
+    ``state_table`` the state group's block table.
+    """
     pages, memory = layer.pages, layer.memory
     assert pages is not None
     tokens = slice(metadata.num_tokens)

@@ -38,7 +38,11 @@ def run(
     metadata: AHNGpuMetadata,
     state_table: torch.Tensor,
 ) -> None:
-    """The operation itself; see :meth:`AHNAttention.run`. Writes ``output``."""
+    """The operation itself, on tensors split by heads; writes ``output``.
+
+    Shapes are those of :meth:`AHNAttention.forward`; ``metadata`` is what this core's planner made of the step,
+    ``state_table`` the state group's block table.
+    """
     pages, memory, state_pages = layer.pages, layer.memory, layer.state.pages
     assert pages is not None and state_pages is not None
     write_window_pages(key, value, gates, metadata.slot_mapping, pages.keys, pages.values, pages.gates)

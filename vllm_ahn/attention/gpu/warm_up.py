@@ -11,6 +11,7 @@ import triton
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_ahn.attention.core import core
 from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataPlanner
 from vllm_ahn.cache.specs import AHNWindowSpec
 
@@ -78,4 +79,4 @@ def warm_up(layer: "AHNAttention") -> None:
         gates = torch.zeros((num_tokens, layer.num_heads, memory.num_gates), device=device)
         z = torch.zeros((num_tokens, layer.num_heads), device=device)
         output = torch.empty_like(query)
-        layer.run(query, key, key, query, gates, z, output, planner.plan(common), state_table)
+        core().run(layer, query, key, key, query, gates, z, output, planner.plan(common), state_table)
