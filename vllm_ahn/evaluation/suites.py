@@ -214,7 +214,7 @@ SUITES: dict[str, Suite] = {
                 PaperFigure("7B", "window", 26.8, "niah_single_1"),
                 PaperFigure("7B", "GDN", 26.8, "niah_single_1"),
             ),
-            note="Exact recall of what has left the window: a memory of fixed size does no better than the window alone.",
+            note="Exact recall of what has left the window: a memory of fixed size does no better than the window.",
         ),
         Suite(
             name="pg19",
