@@ -104,7 +104,10 @@ def fit(before: str, context: str, after: str, settings: PromptSettings) -> str:
     last = bisect.bisect_right(offsets, len(before) + len(context), key=lambda span: span[1])
     while drop <= last - first:
         start = first if settings.cut == "left" else min(max((len(offsets) - drop) // 2, first), last - drop)
-        text = _render(tokenizer, _without(prompt, offsets, start, start + drop), settings)
+        left, right = _characters(offsets, start, start + drop, len(prompt))
+        # With its first token the context loses all of its start, also what is in one token with the text before.
+        left = len(before) if start == first else left
+        text = _render(tokenizer, prompt[:left] + prompt[right:], settings)
         excess = _count(tokenizer, text) - settings.max_tokens
         if excess <= 0:
             return text
@@ -149,8 +152,8 @@ def _count(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, verbose=False).input_ids)
 
 
-def _without(prompt: str, offsets: list[tuple[int, int]], start: int, stop: int) -> str:
-    # A character may be several tokens, all with its place: one that loses some of them goes as a whole.
+def _characters(offsets: list[tuple[int, int]], start: int, stop: int, length: int) -> tuple[int, int]:
+    # The characters of tokens [start, stop). One may be several tokens, all with its place: it goes as a whole.
     left = min(offsets[start - 1][1], offsets[start][0]) if start else 0
-    right = max(offsets[stop - 1][1], offsets[stop][0]) if stop < len(offsets) else len(prompt)
-    return prompt[:left] + prompt[right:]
+    right = max(offsets[stop - 1][1], offsets[stop][0]) if stop < len(offsets) else length
+    return left, right
