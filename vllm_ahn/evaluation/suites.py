@@ -206,6 +206,8 @@ SUITES: dict[str, Suite] = {
             tasks=NIAH_TASKS,
             group="ahn_ruler_niah_128k",
             metric="131072",
+            # RULER's 131,072 tokens hold the answer. lm-eval adds the first words of it, which may be ten too many: it
+            # then cuts as many of the instruction. More than this would take another YaRN factor than 4.
             max_model_len=131_072,
             window=DEFAULT_WINDOW,
             sinks=DEFAULT_SINKS,
