@@ -52,7 +52,7 @@ def test_text_of_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
     text = re.sub(" +", " ", capsys.readouterr().out)
     assert "as vLLM allocates, GFLOP and MiB" in text
     assert "fit 0.50 GiB" in text
-    assert "full attention, bfloat16 0.09" in text
+    assert "full attention, bfloat16 0.16 100.0 0.25 100.0 0.22 100.0" in text
 
 
 def test_json_of_some_lengths_and_settings(model: str, capsys: pytest.CaptureFixture[str]) -> None:

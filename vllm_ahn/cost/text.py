@@ -121,8 +121,7 @@ def _parts_table(entry: dict[str, Any], dtype: str) -> list[str]:
         table.append([row["name"], *(rounded(parts[key], 2) for key in _PARTS), counted.get(row["name"], "-")])
     return [
         *_aligned(table),
-        "paper: without gates and rounding, a state's elements as large as keys' and values'; "
-        f"here they are float32 beside {dtype}",
+        f"paper: no gates, no rounding, and a state in the cache's dtype, here {dtype}, instead of float32",
     ]
 
 
