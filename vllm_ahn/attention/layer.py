@@ -178,6 +178,7 @@ class AHNState(PagedLayer[StatePages]):
     def __init__(self, window_layer: AHNAttention, prefix: str) -> None:
         self.num_heads = window_layer.num_heads
         self._window_layer = window_layer
+        self.dtype: torch.dtype = getattr(torch, window_layer.config.state_dtype)
         self.register(prefix)
 
     def get_attn_backend(self) -> type[AHNStateBackend]:
@@ -203,4 +204,4 @@ class AHNState(PagedLayer[StatePages]):
         return StatePages(kv_cache, self._state_layout(page_bytes))
 
     def _state_layout(self, page_bytes: int) -> StatePageLayout:
-        return StatePageLayout(self.num_heads, self._window_layer.head_size, page_bytes)
+        return StatePageLayout(self.num_heads, self._window_layer.head_size, page_bytes, self.dtype)
