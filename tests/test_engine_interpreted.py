@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from golden_data import CONFIGURATIONS, GENERATED, Golden
 from interpreted_engine import run
+from vllm_ahn.reference import from_folders
 
 V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
 
@@ -27,6 +29,16 @@ def test_all_lengths_in_one_batch(golden: Golden) -> None:
         golden, golden.lengths, block_size=16, max_num_seqs=8, constants={"QUERIES_PER_ROW": 40, "SEGMENTS": 4}
     )
     assert result["runner"] == V2_RUNNER
+
+
+def test_sinks_and_window_without_a_memory() -> None:
+    golden = CONFIGURATIONS["gdn_qwen2"]
+    asked = [golden.case(length).prompt.tolist() for length in golden.lengths]
+    setting = {"checkpoint": "none", "window": golden.window, "sinks": golden.sinks}
+    result = run(golden.base, setting, asked, 3, block_size=16, max_num_seqs=8)
+    reference = from_folders(golden.base, "none", golden.window, golden.sinks)
+    expected = [reference.generate(torch.tensor([prompt]), 3).tokens[0].tolist() for prompt in asked]
+    assert (result["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.core", expected)
 
 
 def test_chunks_of_64_tokens() -> None:

@@ -63,14 +63,17 @@ class PagedLayer(AttentionLayerBase, Generic[Pages]):
 class AHNAttention(nn.Module, PagedLayer[WindowPages]):
     """Sliding-window attention with sinks, plus what a compressed memory adds past ``W + S`` tokens.
 
+    Without a memory what leaves the window is forgotten.
+
     Args:
         num_heads: query heads on this rank.
         num_kv_heads: KV heads on this rank.
         head_size: size of a head.
         scale: factor on attention scores.
         config: the AHN that is served.
-        memory: the layer's memory, or None for a layer that is plain full attention (``fa_layer_ids``).
+        memory: the layer's memory, if it has one.
         router: the layer's router, if the checkpoint has them.
+        full_attention: the layer is plain full attention, without window and memory (``fa_layer_ids``).
         prefix: the name that vLLM's own attention layer would have.
     """
 
@@ -83,6 +86,7 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         config: AHNConfig,
         memory: Memory | None,
         router: Router | None,
+        full_attention: bool,
         prefix: str,
     ) -> None:
         super().__init__()
@@ -91,10 +95,12 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         self.head_size = head_size
         self.scale = scale
         self.config = config
+        self.full_attention = full_attention
         # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
         self._parts = (memory, router)
         self.register(prefix)
-        self.state = AHNState(self, f"{prefix}.state")
+        # Layers of full attention have one too, unused, so that the groups have as many layers each.
+        self.state = AHNState(self, f"{prefix}.state") if config.memory is not None else None
 
     @property
     def memory(self) -> Memory | None:
@@ -143,7 +149,7 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
 
     def window_layout(self, block_size: int, dtype: torch.dtype) -> WindowPageLayout:
         # Layers without a memory take the same pages as the others, so that all share a group.
-        num_gates = MEMORY_CLASSES[self.config.memory].num_gates
+        num_gates = 0 if self.config.memory is None else MEMORY_CLASSES[self.config.memory].num_gates
         return WindowPageLayout(
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
@@ -165,7 +171,7 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         )
 
     def bound(self) -> None:
-        if self.memory is not None and self.state.pages is not None:
+        if self.memory is not None and self.state is not None and self.state.pages is not None:
             core().warm_up_once(self)
 
     def view_pages(self, kv_cache: torch.Tensor) -> WindowPages:

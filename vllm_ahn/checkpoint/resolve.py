@@ -21,6 +21,7 @@ from vllm_ahn.checkpoint.tensors import BaseShape
 from vllm_ahn.config import (
     DEFAULT_SINKS,
     DEFAULT_WINDOW,
+    NO_MEMORY,
     STATE_DTYPES,
     AHNConfig,
     check_sinks,
@@ -46,6 +47,10 @@ class _Request:
     sinks: int | None
     state_dtype: str = STATE_DTYPES[0]
 
+    @property
+    def no_memory(self) -> bool:
+        return self.checkpoint == NO_MEMORY
+
 
 def looks_merged(base_config: Any) -> bool:
     """Whether a base's Hugging Face config says that the checkpoint holds an AHN as well."""
@@ -64,10 +69,10 @@ def resolve(
     """The configuration to serve `base` with, every part of it checked, or None for a base without AHN.
 
     `setting` is ``additional_config["ahn"]``: None, ``"CKPT"``, ``"CKPT@REVISION"``, or a dict with any of
-    ``checkpoint``, ``window`` and ``sinks``; also the dict that `AHNConfig.to_dict` made of an earlier
-    answer, which gives that answer again. `base` is a folder or hub repository, `base_config` its Hugging
-    Face config, `load_format` vLLM's, `state_dtype` one of `STATE_DTYPES`. A base whose config has
-    ``_ahn_implementation`` is merged and takes no checkpoint.
+    ``checkpoint``, ``window`` and ``sinks``, where the checkpoint "none" means sinks and window alone; also
+    the dict that `AHNConfig.to_dict` made of an earlier answer, which gives that answer again. `base` is a
+    folder or hub repository, `base_config` its Hugging Face config, `load_format` vLLM's, `state_dtype` one of
+    `STATE_DTYPES`. A base whose config has ``_ahn_implementation`` is merged and takes no checkpoint but "none".
 
     Raises `AHNError`, one sentence, for everything that cannot be served.
     """
@@ -84,13 +89,15 @@ def resolve(
         given = [f"--ahn-{name}" for name in ("window", "sinks") if getattr(request, name) is not None]
         what = f"{' and '.join(given)} without --ahn" if given else "no checkpoint in the setting"
         raise AHNError(f"ahn: {what}, expected a checkpoint (--ahn), since {base} has no AHN of its own")
-    if request.checkpoint is not None and merged:
+    if request.checkpoint is not None and merged and not request.no_memory:
         raise AHNError(
             f"ahn: {base} has an AHN of its own (_ahn_implementation in its config.json), "
             f"expected no --ahn {request.checkpoint} beside it"
         )
     _check_base(base, base_config)
-    if merged:
+    if request.no_memory:
+        config = AHNConfig(None, *_lengths(request))
+    elif merged:
         config = _resolve_merged(request, base, base_revision, base_config, load_format)
     else:
         config = _resolve_second(request, base, base_config, load_format)
@@ -132,7 +139,9 @@ def _resolve_again(
     if config.state_dtype == state_dtype and _key(config, base, base_revision, load_format) in _RESOLVED:
         return config
     setting: dict[str, object] = {"window": config.window, "sinks": config.sinks}
-    if config.checkpoint is not None:
+    if config.memory is None:
+        setting["checkpoint"] = NO_MEMORY
+    elif config.checkpoint is not None:
         setting["checkpoint"] = f"{config.checkpoint}@{config.revision}" if config.revision else config.checkpoint
     found = resolve(
         setting,
@@ -196,11 +205,20 @@ def _resolve_merged(
     return _config(request, checkpoint)
 
 
+def _lengths(request: _Request) -> tuple[int, int]:
+    """W and S, tokens."""
+    return (
+        DEFAULT_WINDOW if request.window is None else request.window,
+        DEFAULT_SINKS if request.sinks is None else request.sinks,
+    )
+
+
 def _config(request: _Request, checkpoint: Checkpoint) -> AHNConfig:
+    window, sinks = _lengths(request)
     return AHNConfig(
         memory=checkpoint.memory,
-        window=DEFAULT_WINDOW if request.window is None else request.window,
-        sinks=DEFAULT_SINKS if request.sinks is None else request.sinks,
+        window=window,
+        sinks=sinks,
         checkpoint=request.checkpoint,
         revision=request.revision,
         use_q_proj=checkpoint.options.use_q_proj,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_ahn.checkpoint import LOAD_FORMATS
-from vllm_ahn.config import STATE_DTYPES
+from vllm_ahn.config import NO_MEMORY, STATE_DTYPES
 from vllm_ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Wanted:
             convert=args.convert,
             model_impl=args.model_impl,
             load_format=_text(args.load_format),
-            second_source=isinstance(setting, str) or _names_checkpoint(setting),
+            second_source=_names_checkpoint(setting),
             speculation=any(
                 value is not None
                 for value in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
@@ -255,7 +255,8 @@ def _device_type() -> str:
 
 
 def _names_checkpoint(setting: Any) -> bool:
-    return isinstance(setting, dict) and setting.get("checkpoint") is not None
+    checkpoint = setting.get("checkpoint") if isinstance(setting, dict) else setting
+    return checkpoint is not None and checkpoint != NO_MEMORY
 
 
 def _connector_name(connector: Any) -> str:
