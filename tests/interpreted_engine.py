@@ -5,6 +5,7 @@ vLLM's CPU platform takes its V2 model runner as soon as it finds a Triton backe
 be in place before vLLM is imported, so every engine has a process of its own: :func:`run` starts one.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -34,6 +35,7 @@ def run(
     environment: dict[str, str] | None = None,
     constants: dict[str, int] | None = None,
     warm_up: bool = False,
+    flash_version: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Greedy continuations from an interpreted engine in a process of its own.
@@ -44,13 +46,15 @@ def run(
         prompts: token prompts, all submitted at once.
         max_tokens: tokens to generate for each.
         environment: variables to set beside, or instead of, :data:`ENVIRONMENT`.
-        constants: values for constants of ``vllm_ahn.attention.gpu.metadata``. Smaller ones let a small batch come to
-            what only large ones do otherwise, and the interpreter finish sooner.
+        constants: values for constants of modules in ``vllm_ahn.attention.gpu``, by "module.NAME". Smaller ones let a
+            small batch come to what only large ones do otherwise, and the interpreter finish sooner.
         warm_up: run the kernels' warm-up first, which the interpreter has no need of.
+        flash_version: attend by an emulated FlashAttention of this version, which knows float32 too.
         arguments: the engine's.
 
     Returns:
-        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``, ``runner`` and ``core``, what ran.
+        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``, ``runner`` and ``core``, what ran;
+        ``flash_calls``, see ``flash_emulation.calls``.
     """
     job = {
         "base": str(base),
@@ -59,6 +63,7 @@ def run(
         "max_tokens": max_tokens,
         "constants": constants or {},
         "warm_up": warm_up,
+        "flash_version": flash_version,
         "arguments": arguments,
     }
     process = subprocess.run(
@@ -81,16 +86,24 @@ def main() -> None:
 
     import vllm
 
+    import flash_emulation
     from engines import engine, greedy, metric, worker_layers
     from vllm_ahn.attention import core
-    from vllm_ahn.attention.gpu import metadata as gpu_metadata
     from vllm_ahn.attention.gpu import warm_up
     from vllm_ahn.attention.layer import AHNAttention
+    from vllm_ahn.plugin import attention_backends, features
 
     job = json.load(sys.stdin)
     for name, value in job["constants"].items():
-        assert hasattr(gpu_metadata, name)
-        setattr(gpu_metadata, name, value)
+        module, constant = name.split(".")
+        owner = importlib.import_module(f"vllm_ahn.attention.gpu.{module}")
+        assert hasattr(owner, constant)
+        setattr(owner, constant, value)
+    if job["flash_version"]:
+        flash_emulation.install(job["flash_version"])
+        features._has_flash_attention = lambda: True
+        attention_backends.FLASH_DTYPES += ("float32",)
+        job["arguments"]["attention_backend"] = "FLASH_ATTN"
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
         for layer in worker_layers(llm).values():
             if layer.kv_cache.is_floating_point():
@@ -105,6 +118,7 @@ def main() -> None:
             "preemptions": metric(llm, "vllm:num_preemptions"),
             "vllm": vllm.__version__,
             "runner": f"{runner.__module__}.{runner.__qualname__}",
+            "flash_calls": flash_emulation.calls,
             "core": core.core().__name__ if job["ahn"] else None,
         }
     print(json.dumps(result))
