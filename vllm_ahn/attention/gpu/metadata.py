@@ -19,8 +19,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_ahn.attention.gpu.compaction import TILE_BLOCKS, compact_block_table, compact_width
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.kernels.compaction import TILE_BLOCKS, compact_block_table, compact_width
 from vllm_ahn.kernels.decode_memory import decode_rows
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
 from vllm_ahn.plugin.compat import can_split_attention
