@@ -116,6 +116,8 @@ def check_window_pages(key_pages: torch.Tensor, value_pages: torch.Tensor, gate_
         raise ValueError(f"planes {key_pages.shape}, {value_pages.shape}, {gate_pages.shape} are not of the same pages")
     for name, planes in (("keys", key_pages), ("values", value_pages), ("gates", gate_pages)):
         strides = (*key_pages.stride()[:2], planes.shape[3], 1)
-        # The stride of an axis of size 1 means nothing, and PyTorch gives it any value.
-        if any(n > 1 and a != b for n, a, b in zip(planes.shape, planes.stride(), strides, strict=True)):
+        # The stride of an axis of size 1 means nothing, and PyTorch gives it any value; pages without gates have none.
+        if planes.numel() and any(
+            n > 1 and a != b for n, a, b in zip(planes.shape, planes.stride(), strides, strict=True)
+        ):
             raise ValueError(f"{name} of shape {planes.shape} and strides {planes.stride()} are not planes of pages")

@@ -203,6 +203,21 @@ def test_merged(merged: Path) -> None:
     assert config == AHNConfig(memory="GatedDeltaNet", window=24)
 
 
+def test_none_is_sinks_and_window_without_a_memory(tiny: TinyPaths, merged: Path) -> None:
+    for args in (
+        from_command_line("--model", tiny.base, "--ahn", "none", "--ahn-window", WINDOW),
+        EngineArgs(model=str(tiny.base), additional_config={"ahn": {"checkpoint": "none", "window": WINDOW}}),
+        from_command_line("--model", merged, "--ahn", "none", "--ahn-window", WINDOW),
+        # No second checkpoint is read, so any load format will do.
+        EngineArgs(model=str(tiny.base), load_format="pt", additional_config=setting.with_flags(
+            {}, checkpoint="none", window=WINDOW)),
+    ):  # fmt: skip
+        for _ in range(2):  # what was resolved resolves to itself
+            config, model_config = served(args)
+            assert config == AHNConfig(None, window=WINDOW)
+            assert model_config.architectures == ["AHNQwen2ForCausalLM"]
+
+
 def test_the_training_window_in_a_merged_checkpoint_is_ignored(merged: Path, tmp_path: Path) -> None:
     for file in merged.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -22,7 +22,7 @@ def test_defaults_are_the_papers() -> None:
     [
         AHNConfig("Mamba2"),
         AHNConfig("GatedDeltaNet", 24, 0, "org/repo", "main", True, True, (0, 3)),
-        AHNConfig("DeltaNet", window=1, checkpoint="/some/folder"),
+        AHNConfig("DeltaNet", window=1, checkpoint="/some/folder", state_dtype="bfloat16"),
     ],
 )
 def test_round_trip_through_json(config: AHNConfig) -> None:
@@ -67,6 +67,7 @@ def test_parse_length_reads_numbers_and_leaves_the_rest() -> None:
         ({"memory": "Mamba2", "checkpoint": 3}, "checkpoint is 3, expected a non-empty string"),
         ({"memory": "Mamba2", "checkpoint": ""}, "checkpoint is '', expected a non-empty string"),
         ({"memory": "Mamba2", "revision": "main"}, "revision is 'main', but there is no checkpoint"),
+        ({"memory": None, "use_router": True}, "memory is None, expected neither a checkpoint nor options"),
         ({"memory": "Mamba2", "use_router": 1}, "use_router is 1, expected true or false"),
         ({"memory": "Mamba2", "use_q_proj": True}, "use_q_proj is for GatedDeltaNet only"),
         ({"memory": "Mamba2", "full_attention_layers": "3,7"}, "full_attention_layers is '3,7'"),

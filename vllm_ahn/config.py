@@ -21,14 +21,21 @@ MAX_LENGTH = 2**30
 MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
 """The values that ``_ahn_implementation`` may have in a checkpoint's ``config.json``."""
 
+NO_MEMORY = "none"
+"""In place of a checkpoint, asks for sinks and window alone: the baseline that shows what a memory adds."""
+
+STATE_DTYPES = ("float32", "bfloat16")
+"""Dtypes, by their names in PyTorch, in which the memory's state can be kept; the first is the default."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AHNConfig:
     """One AHN as it is served. Every field is checked on construction; raises `AHNError` for what cannot
     be."""
 
-    memory: str
-    """Which recurrence compresses what leaves the window: one of `MEMORIES` (``_ahn_implementation``)."""
+    memory: str | None
+    """Which recurrence compresses what leaves the window: one of `MEMORIES` (``_ahn_implementation``); None if what
+    leaves it is forgotten."""
 
     window: int = DEFAULT_WINDOW
     """W, tokens, at least 1: a query sees itself and the W - 1 tokens before it."""
@@ -37,7 +44,8 @@ class AHNConfig:
     """S, tokens, at least 0: the first S tokens stay visible for ever and are never absorbed."""
 
     checkpoint: str | None = None
-    """The AHN checkpoint, a folder or hub repository without ``@revision``; None: merged into the base."""
+    """The AHN checkpoint, a folder or hub repository without ``@revision``; None: merged into the base, or there is no
+    memory."""
 
     revision: str | None = None
     """The revision of the hub repository `checkpoint`, None for its default branch."""
@@ -51,15 +59,21 @@ class AHNConfig:
     full_attention_layers: tuple[int, ...] = ()
     """Layers, ascending from 0, that keep plain full attention (``fa_layer_ids``)."""
 
+    state_dtype: str = STATE_DTYPES[0]
+    """In which dtype the memory's state is kept between steps: one of `STATE_DTYPES`. Arithmetic is float32."""
+
     def __post_init__(self) -> None:
-        if self.memory not in MEMORIES:
-            raise AHNError(f"ahn: memory is {self.memory!r}, expected one of {', '.join(MEMORIES)}")
+        if self.memory is not None and self.memory not in MEMORIES:
+            raise AHNError(f"ahn: memory is {self.memory!r}, expected one of {', '.join(MEMORIES)}, or None")
         check_window(self.window)
         check_sinks(self.sinks)
         for name in ("checkpoint", "revision"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise AHNError(f"ahn: {name} is {value!r}, expected a non-empty string or None")
+        belongs_to_memory = (self.checkpoint, self.use_q_proj, self.use_router, self.full_attention_layers)
+        if self.memory is None and any(belongs_to_memory):
+            raise AHNError("ahn: memory is None, expected neither a checkpoint nor options of one beside it")
         if self.checkpoint is None and self.revision is not None:
             raise AHNError(f"ahn: revision is {self.revision!r}, but there is no checkpoint that it could belong to")
         for name in ("use_q_proj", "use_router"):
@@ -67,6 +81,8 @@ class AHNConfig:
                 raise AHNError(f"ahn: {name} is {getattr(self, name)!r}, expected true or false")
         if self.use_q_proj and self.memory != "GatedDeltaNet":
             raise AHNError(f"ahn: use_q_proj is for GatedDeltaNet only, but memory is {self.memory}")
+        if self.state_dtype not in STATE_DTYPES:
+            raise AHNError(f"ahn: state_dtype is {self.state_dtype!r}, expected one of {', '.join(STATE_DTYPES)}")
         layers = self.full_attention_layers
         if not isinstance(layers, tuple) or not all(_is_int(n) and n >= 0 for n in layers):
             raise AHNError(f"ahn: full_attention_layers is {layers!r}, expected a tuple of layer numbers from 0")
@@ -75,8 +91,14 @@ class AHNConfig:
 
     @property
     def capacity(self) -> int:
-        """W + S: how many tokens a sequence can have before the memory is used."""
+        """W + S: how many tokens a sequence can have before any leaves the window."""
         return self.window + self.sinks
+
+    def describe(self, base: str) -> str:
+        """The configuration in a line, for messages; `base` is where a merged memory comes from."""
+        memory = f"{self.memory} from {self.checkpoint or base}" if self.memory else "no memory"
+        state = "" if self.state_dtype == STATE_DTYPES[0] else f", state in {self.state_dtype}"
+        return f"{memory}, window {self.window}, sinks {self.sinks}{state}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names; `from_dict` gives the same config back."""

@@ -30,7 +30,8 @@ class LLM(vllm.LLM):
         """
         Args:
             model: base model, or a model with the AHN merged in: a folder or a Hugging Face repository.
-            ahn: AHN checkpoint: a folder or a Hugging Face repository with an optional ``@revision``.
+            ahn: AHN checkpoint: a folder or a Hugging Face repository with an optional ``@revision``; "none" for window
+                and sinks without a memory.
             ahn_window: W, tokens that a query sees exactly, itself included; 32640 if not given.
             ahn_sinks: S, tokens at the start that stay visible beside the window; 128 if not given.
             additional_config: vLLM's, in which these three are put under ``"ahn"``.

@@ -37,7 +37,7 @@ def _ahn_attention(
         return
     assert isinstance(context.attn_metadata, dict)
     metadata = context.attn_metadata[layer.layer_name]
-    state_table = context.attn_metadata[layer.state.layer_name]
+    state_table = None if layer.state is None else context.attn_metadata[layer.state.layer_name]
     core().run(layer, query, key, value, memory_query, gates, z, output, metadata, state_table)
 
 

@@ -54,7 +54,8 @@ class AHNDecoderLayer(nn.Module):
         del vllm_config.compilation_config.static_forward_context[name]
 
         memory, router = None, None
-        if extract_layer_index(prefix) not in ahn_config.full_attention_layers:
+        full_attention = extract_layer_index(prefix) in ahn_config.full_attention_layers
+        if ahn_config.memory is not None and not full_attention:
             memory = MEMORY_CLASSES[ahn_config.memory](
                 config.hidden_size,
                 attention.total_num_heads,
@@ -74,6 +75,7 @@ class AHNDecoderLayer(nn.Module):
             ahn_config,
             memory,
             router,
+            full_attention=full_attention,
             prefix=name,
         )
 
@@ -163,6 +165,7 @@ class AHNForCausalLM(nn.Module, SupportsPP):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
         ahn_config = AHNConfig.from_dict(vllm_config.additional_config["ahn"])
+        self.has_memory = ahn_config.memory is not None
         self.secondary_weights: list[DefaultModelLoader.Source] = []
         if ahn_config.checkpoint is not None:
             self.secondary_weights.append(
@@ -212,6 +215,8 @@ class AHNForCausalLM(nn.Module, SupportsPP):
             before, found, tensor_name = name.partition(part)
             if found:
                 break
+        if not self.has_memory:  # a merged checkpoint whose memory is not wanted
+            return None
         index = int(before.rpartition(".")[2])
         if not self.model.start_layer <= index < self.model.end_layer:
             return None

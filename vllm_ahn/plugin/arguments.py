@@ -18,7 +18,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_ahn import checkpoint
-from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig, parse_length
+from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig, parse_length
 from vllm_ahn.errors import AHNError
 from vllm_ahn.plugin import features, overrides, setting
 
@@ -58,7 +58,8 @@ def add_flags(parser: Any) -> None:
         "--ahn": (
             "CKPT[@revision]",
             "AHN checkpoint to serve the model with: a folder, or a Hugging Face repository with an optional "
-            "@revision. Not needed for a model with the AHN merged in.",
+            f"@revision. Not needed for a model with the AHN merged in. {NO_MEMORY!r}: window and sinks without a "
+            "memory, to compare with.",
         ),
         "--ahn-window": (
             "N",
@@ -96,6 +97,7 @@ def resolve(args: EngineArgs) -> tuple[AHNConfig, Any] | None:
         base_revision=args.revision,
         base_config=base_config,
         load_format=str(args.load_format),
+        state_dtype=features.state_dtype(args.mamba_ssm_cache_dtype),
     )
     if config is None:
         return None
@@ -179,13 +181,7 @@ def _patch_create_model_config(engine_args: type[EngineArgs]) -> None:
             served.hf_overrides = {**(self.hf_overrides or {}), **changed}
         model_config = original(served)
         logger = init_logger("vllm.ahn")  # below "vllm", so that it is shown like vLLM's own messages
-        logger.info_once(
-            "AHN: %s from %s, window %d, sinks %d",
-            config.memory,
-            config.checkpoint or self.model,
-            config.window,
-            config.sinks,
-        )
+        logger.info_once("AHN: %s", config.describe(self.model))
         warning = overrides.unused_memory(config, model_config.max_model_len)
         if warning is not None:
             logger.warning_once(warning)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_ahn.checkpoint import LOAD_FORMATS
+from vllm_ahn.config import NO_MEMORY, STATE_DTYPES
 from vllm_ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Wanted:
     cache_dtype: str = "auto"
     model_dtype: str | None = None
     """The model's dtype, None while it is open."""
+    mamba_cache_dtype: str = "auto"
+    mamba_ssm_cache_dtype: str = "auto"
     block_size: int | None = None
     """Tokens, None for vLLM's choice."""
     disable_hybrid_kv_cache_manager: bool = False
@@ -59,7 +62,7 @@ class Wanted:
             convert=args.convert,
             model_impl=args.model_impl,
             load_format=_text(args.load_format),
-            second_source=isinstance(setting, str) or _names_checkpoint(setting),
+            second_source=_names_checkpoint(setting),
             speculation=any(
                 value is not None
                 for value in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
@@ -69,6 +72,8 @@ class Wanted:
             kv_connector=None if connector is None else _connector_name(connector),
             kv_offloading_size=args.kv_offloading_size,
             cache_dtype=_text(args.kv_cache_dtype),
+            mamba_cache_dtype=_text(args.mamba_cache_dtype),
+            mamba_ssm_cache_dtype=_text(args.mamba_ssm_cache_dtype),
             block_size=args.block_size,
             disable_hybrid_kv_cache_manager=bool(args.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=args.kv_sharing_fast_prefill,
@@ -95,6 +100,8 @@ class Wanted:
             kv_offloading_size=cache.kv_offloading_size,
             cache_dtype=_text(cache.cache_dtype),
             model_dtype=str(model.dtype).removeprefix("torch."),
+            mamba_cache_dtype=_text(cache.mamba_cache_dtype),
+            mamba_ssm_cache_dtype=_text(cache.mamba_ssm_cache_dtype),
             # Until the platform has chosen, this holds vLLM's generic default, which says nothing.
             block_size=cache.block_size if cache.user_specified_block_size else None,
             disable_hybrid_kv_cache_manager=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
@@ -146,6 +153,16 @@ def refusals(wanted: Wanted) -> Iterator[str]:
         yield (
             "AHN does not work with a KV cache of another dtype than the model's yet: --kv-cache-dtype is "
             f"{wanted.cache_dtype!r} and the model is {wanted.model_dtype}, expected 'auto'"
+        )
+    if wanted.mamba_cache_dtype != "auto":
+        yield (
+            "AHN's state is the only recurrent one that it keeps: leave out --mamba-cache-dtype "
+            f"{wanted.mamba_cache_dtype}, and choose the state's dtype by --mamba-ssm-cache-dtype"
+        )
+    if wanted.mamba_ssm_cache_dtype not in ("auto", *STATE_DTYPES):
+        yield (
+            f"AHN does not keep its state in {wanted.mamba_ssm_cache_dtype}: --mamba-ssm-cache-dtype is expected to "
+            f"be auto (which is {STATE_DTYPES[0]}) or one of {', '.join(STATE_DTYPES)}"
         )
     if wanted.second_source and wanted.load_format not in LOAD_FORMATS:
         yield (
@@ -212,6 +229,15 @@ def install() -> None:
         MODELS_CONFIG_MAP[architecture] = AHNModelConfig
 
 
+def state_dtype(mamba_ssm_cache_dtype: str) -> str:
+    """The `AHNConfig.state_dtype` that vLLM's ``--mamba-ssm-cache-dtype`` asks for.
+
+    The AHN's own configuration carries it from here on: vLLM's CPU platform, not knowing this model's state, resets the
+    flag on some CPUs.
+    """
+    return STATE_DTYPES[0] if mamba_ssm_cache_dtype == "auto" else mamba_ssm_cache_dtype
+
+
 def ahn_setting(additional_config: Any) -> Any:
     """What ``additional_config`` says about AHN: None, a checkpoint, or a dict (resolved or the user's)."""
     return additional_config.get("ahn") if isinstance(additional_config, dict) else None
@@ -229,7 +255,8 @@ def _device_type() -> str:
 
 
 def _names_checkpoint(setting: Any) -> bool:
-    return isinstance(setting, dict) and setting.get("checkpoint") is not None
+    checkpoint = setting.get("checkpoint") if isinstance(setting, dict) else setting
+    return checkpoint is not None and checkpoint != NO_MEMORY
 
 
 def _connector_name(connector: Any) -> str:

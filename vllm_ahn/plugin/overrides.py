@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_ahn.checkpoint import looks_merged
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
 from vllm_ahn.models import AHN_ARCHITECTURES
@@ -42,7 +43,7 @@ def overrides(config: AHNConfig, base_config: Any, *, base: str, max_model_len: 
     """
     changed: dict[str, Any] = {"architectures": [ahn_architecture(base_config, base)]}
     if has_sliding_window(base_config):
-        if config.checkpoint is not None:
+        if not looks_merged(base_config):
             raise AHNError(
                 f"{base}: the base model has a sliding window of its own (use_sliding_window in "
                 "config.json), expected full attention in every layer"
@@ -77,13 +78,14 @@ def rope_positions(config: AHNConfig, base_config: Any, max_model_len: int | Non
 
 
 def unused_memory(config: AHNConfig, max_model_len: int) -> str | None:
-    """A warning where no sequence of at most `max_model_len` tokens can reach the memory, else None."""
+    """A warning where no sequence of at most `max_model_len` tokens outgrows window and sinks, else None."""
     if max_model_len > config.capacity:
         return None
+    never = "the window would never be left" if config.memory is None else "the AHN memory would never be used"
     return (
         f"The longest sequence that will be served, max_model_len = {max_model_len}, is not longer than the "
-        f"AHN's window and sinks together, {config.window} + {config.sinks} = {config.capacity}: the AHN "
-        "memory would never be used. Serve a greater --max-model-len, or a smaller --ahn-window."
+        f"AHN's window and sinks together, {config.window} + {config.sinks} = {config.capacity}: {never}. "
+        "Serve a greater --max-model-len, or a smaller --ahn-window."
     )
 
 

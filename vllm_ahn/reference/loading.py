@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, AHNConfig
+from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
 
 from .model import BaseConfig, ReferenceModel
@@ -26,17 +26,22 @@ def from_folders(
     """The base model in folder `base` with the AHN in folder `ahn`, in evaluation mode.
 
     ``ahn=None``: the AHN merged in `base` if its config has one, else the plain base with full attention.
+    ``ahn="none"``: window and sinks without a memory.
     `window` (W) and `sinks` (S) are tokens. ``A_log`` and ``dt_bias`` stay float32 when `dtype` is narrower.
     Raises `AHNError` if a folder lacks a config or weights, or the tensors are not exactly the model's.
     """
     base_config = _read_config(base)
     tensors = _read_tensors(base)
     ahn_config = base_config
-    if ahn is not None:
+    if ahn == NO_MEMORY:
+        tensors = {n: t for n, t in tensors.items() if ".ahn.fn." not in n and ".ahn_router." not in n}
+    elif ahn is not None:
         ahn_config = _read_config(ahn)
         tensors.update(_read_tensors(ahn))
     options = None
-    if ahn is not None or "_ahn_implementation" in base_config:
+    if ahn == NO_MEMORY:
+        options = AHNConfig(None, window, sinks)
+    elif ahn is not None or "_ahn_implementation" in base_config:
         options = AHNConfig(
             memory=ahn_config.get("_ahn_implementation", ""),
             window=window,

@@ -151,7 +151,7 @@ class Router(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A base model's layer; with an AHN its attention sees window and sinks and is helped by a memory."""
+    """A base model's layer; with an AHN its attention sees window and sinks and is helped by a memory, if any."""
 
     def __init__(self, base: BaseConfig, ahn: AHNConfig | None) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(base)
         self.ahn_config = ahn
         self.rope_theta = base.rope_theta
-        if ahn is not None:
+        if ahn is not None and ahn.memory is not None:
             memory = make_memory(ahn.memory, base.hidden_size, heads, base.head_dim, ahn.use_q_proj)
             self.ahn = nn.ModuleDict({"fn": memory})
             if ahn.use_router:
@@ -180,7 +180,8 @@ class DecoderLayer(nn.Module):
         else:
             window, sinks = self.ahn_config.window, self.ahn_config.sinks
             attention = window_attention(q, cache.k, cache.v, start, window, sinks)
-            attention = attention + self._memory(hidden, q, raw_q, positions, cache, recurrence)
+            if self.ahn_config.memory is not None:
+                attention = attention + self._memory(hidden, q, raw_q, positions, cache, recurrence)
         x = x + self.self_attn.o_proj(attention.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
 

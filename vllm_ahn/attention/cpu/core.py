@@ -30,38 +30,32 @@ def run(
     z: torch.Tensor | None,
     output: torch.Tensor,
     metadata: AHNMetadata,
-    state_table: torch.Tensor,
+    state_table: torch.Tensor | None,
 ) -> None:
     """The operation itself, on tensors split by heads; writes ``output``.
 
     Shapes are those of :meth:`AHNAttention.forward`; ``metadata`` is what this core's planner made of the step,
-    ``state_table`` the state group's block table.
+    ``state_table`` the state group's block table, None where no layer has a memory.
     """
     pages, memory = layer.pages, layer.memory
     assert pages is not None
     tokens = slice(metadata.num_tokens)
     query, output, memory_query = query[tokens], output[tokens], memory_query[tokens]
     write_pages(pages, key[tokens], value[tokens], None if gates is None else gates[tokens], metadata)
-    if memory is None:
+    if layer.full_attention:
         assert metadata.everything is not None
         attend_paged(pages, query, output, metadata.everything, layer.scale)
         return
-    for paged in (metadata.inside, metadata.past):
-        if paged is not None:
-            attend_paged(pages, query, output, paged, layer.scale)
-    if metadata.decodes is None and not metadata.chunks:
+    attend(pages, query, output, metadata, layer.scale)
+    if memory is None or (metadata.decodes is None and not metadata.chunks):
         return
 
-    assert z is not None and layer.state.pages is not None
+    assert layer.state is not None and layer.state.pages is not None and state_table is not None and z is not None
     where = (memory, pages, layer.state.pages, state_table, memory_query)
     if (batch := metadata.decodes) is not None:
-        if batch.keys is not None:
-            attend_decodes(pages, query, output, batch.rows, batch.keys, layer.scale)
         o = absorb_and_read_decodes(*where, batch)
         output[batch.rows] += contribution(memory, layer.router, o, z[batch.rows], batch.positions)
     for chunk in metadata.chunks:
-        for keys in chunk.keys:
-            attend_chunk(pages, query, output, keys, layer.scale)
         o = absorb_and_read_chunk(*where, chunk)
         reads = slice(chunk.first_row, chunk.last_row)
         output[reads] += contribution(memory, layer.router, o, z[reads], chunk.read_positions())
@@ -100,6 +94,18 @@ def write_pages(
     if gates is not None:
         by_kv_head = gates.reshape(len(gates), pages.layout.num_kv_heads, -1).to(pages.layout.dtype)
         pages.gates[metadata.blocks, :, metadata.offsets] = by_kv_head
+
+
+def attend(pages: WindowPages, query: torch.Tensor, output: torch.Tensor, metadata: AHNMetadata, scale: float) -> None:
+    """Attention of all requests' queries to sinks and window, ``[num_tokens, num_heads, head_size]``."""
+    for paged in (metadata.inside, metadata.past):
+        if paged is not None:
+            attend_paged(pages, query, output, paged, scale)
+    if (batch := metadata.decodes) is not None and batch.keys is not None:
+        attend_decodes(pages, query, output, batch.rows, batch.keys, scale)
+    for chunk in metadata.chunks:
+        for keys in chunk.keys:
+            attend_chunk(pages, query, output, keys, scale)
 
 
 def attend_paged(

@@ -36,22 +36,22 @@ def run(
     z: torch.Tensor | None,
     output: torch.Tensor,
     metadata: AHNGpuMetadata,
-    state_table: torch.Tensor,
+    state_table: torch.Tensor | None,
 ) -> None:
     """The operation itself, on tensors split by heads; writes ``output``.
 
     Shapes are those of :meth:`AHNAttention.forward`; ``metadata`` is what this core's planner made of the step,
-    ``state_table`` the state group's block table.
+    ``state_table`` the state group's block table, None where no layer has a memory.
     """
-    pages, memory, state_pages = layer.pages, layer.memory, layer.state.pages
-    assert pages is not None and state_pages is not None
+    pages, memory = layer.pages, layer.memory
+    assert pages is not None
     write_window_pages(key, value, gates, metadata.slot_mapping, pages.keys, pages.values, pages.gates)
-    rows = metadata.causal if memory is None or metadata.windowed is None else metadata.windowed
+    rows = metadata.causal if layer.full_attention or metadata.windowed is None else metadata.windowed
     attend(pages, query[: metadata.num_tokens], output, rows, metadata.segments, layer.scale)
     if memory is None:
         return
-    assert z is not None
-    where = (layer, memory, pages, state_pages, state_table, memory_query, z, output)
+    assert layer.state is not None and layer.state.pages is not None and state_table is not None and z is not None
+    where = (layer, memory, pages, layer.state.pages, state_table, memory_query, z, output)
     if metadata.decode_rows is not None:
         decode(*where, metadata, metadata.decode_rows)
     if metadata.prefill is not None:

@@ -26,10 +26,15 @@ _warm: set[tuple[object, ...]] = set()
 
 def warm_up_once(layer: "AHNAttention") -> None:
     """:func:`warm_up`, unless a layer like this one has been warmed up, or kernels are interpreted."""
-    pages, state_pages = layer.pages, layer.state.pages
-    assert pages is not None and state_pages is not None
-    kind = (type(layer.memory), layer.router is None, pages.layout, pages.pages.device, state_pages.layout)
-    if kind not in _warm and layer.memory is not None and not triton.knobs.runtime.interpret:
+    assert layer.pages is not None and layer.state is not None and layer.state.pages is not None
+    kind = (
+        type(layer.memory),
+        layer.router is None,
+        layer.pages.layout,
+        layer.pages.pages.device,
+        layer.state.pages.layout,
+    )
+    if kind not in _warm and not triton.knobs.runtime.interpret:
         _warm.add(kind)
         warm_up(layer)
 
@@ -39,6 +44,7 @@ def warm_up(layer: "AHNAttention") -> None:
 
     vLLM never gives block 0 to a request.
     """
+    assert layer.state is not None
     pages, state_pages, memory = layer.pages, layer.state.pages, layer.memory
     assert pages is not None and state_pages is not None and memory is not None
     layout, config = pages.layout, layer.config
