@@ -26,6 +26,8 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kernel_cases.own_attention import paged_attention
+
 from vllm_ahn.kernels.cache_write import write_window_pages
 from vllm_ahn.kernels.compaction import compact_block_table, compact_width
 from vllm_ahn.kernels.decode_memory import decode_memory, decode_rows
@@ -142,6 +144,13 @@ def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] 
         for requests in (None, _indices(TOKENS)):
             name = "a row a request" if requests is None else "rows of requests"
             yield f"blocks of {block_size}, {name}", _compact(block_size, requests)
+    if 128 in head_sizes:
+        for group in (5, 8):
+            for segments in (1, 16):
+                for window in (None, 32640):
+                    kind = "chunk" if segments == 1 else "split decode"
+                    case = f"benchmark's attention, D=128 group {group}, {kind}, {'window' if window else 'full'}"
+                    yield case, _attention(group, segments, window)
     for head_size in head_sizes:
         for state_dtype in (torch.float32, torch.bfloat16):
             yield f"D={head_size} state {str(state_dtype).removeprefix('torch.')}", _states(head_size, state_dtype)
@@ -245,6 +254,29 @@ def _compact(block_size: int, requests: torch.Tensor | None) -> Callable[[], Non
     return launch
 
 
+def _attention(groups: int, segments: int, window: int | None) -> Callable[[], None]:
+    def launch() -> None:
+        queries = 1024 if segments == 1 else 1
+        kv_heads, head_size = 4, 128
+        pages = _window_pages(kv_heads, head_size, groups, BLOCK_SIZE, torch.bfloat16)
+        query = _empty(TOKENS, kv_heads * groups, head_size, dtype=torch.bfloat16)
+        paged_attention(
+            query,
+            *pages[:2],
+            torch.empty_like(query),
+            _indices(TOKENS + 1),
+            _indices(TOKENS),
+            _indices(TOKENS, 4096),
+            max_query_len=queries,
+            window=window,
+            sinks=128,
+            scale=0.1,
+            segments=segments,
+        )
+
+    return launch
+
+
 def _read_out(
     head_size: int, dtype: torch.dtype, read_dtype: torch.dtype, all_heads: bool, routed: bool
 ) -> Callable[[], None]:
@@ -271,7 +303,7 @@ def _read_out(
 def report(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
     """Compile cases for targets and print a table, one line a kernel."""
     print(f"torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{'kernel':24} {'case':60} {'target':7} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>6}")
+    print(f"{'kernel':24} {'case':68} {'target':7} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>6}")
     results = []
     for case, launch in todo:
         for target in targets:
@@ -279,7 +311,7 @@ def report(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
                 launch()
             for result in (resources(kernel, case, target) for kernel in compiled):
                 print(
-                    f"{result.kernel:24} {result.case:60} {result.target:7} {result.warps:5} {result.registers:9} "
+                    f"{result.kernel:24} {result.case:68} {result.target:7} {result.warps:5} {result.registers:9} "
                     f"{result.spills:6} {result.shared:6}",
                     flush=True,
                 )
