@@ -52,6 +52,8 @@ from machine import describe
 from prompts import prompt
 from stepped_engine import Choice
 
+from vllm_ahn.config import NO_MEMORY
+
 ANSWER, LOGPROBS = 8, 20
 """Tokens of an answer that is compared, and how many of the most likely ones at each."""
 
@@ -235,7 +237,7 @@ class Run:
                     self.answers["full"][:inside], answers[:inside], tolerance, names("full", row, self.inside)
                 )
                 self.verified[f"{row}, full inside the window"] = agreement.describe()
-            if memory not in (None, "none") and "window" in self.answers and self.past:
+            if memory not in (None, NO_MEMORY) and "window" in self.answers and self.past:
                 apart = largest_difference(self.answers["window"][past:], answers[past:])
                 if not apart > tolerance:
                     raise Mismatch(f"past the window {row} differs from window by {apart:.2g}: the memory does nothing")

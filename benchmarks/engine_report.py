@@ -7,6 +7,8 @@ from typing import Any
 
 from engine_rows import ROWS, Setting
 
+from vllm_ahn.config import NO_MEMORY
+
 AIMED_CONTEXT = 131072
 """Tokens: where the aims hold."""
 
@@ -53,7 +55,7 @@ def judge(setting: Setting, contexts: dict[str, Rows]) -> list[dict[str, Any]]:
     for context, rows in contexts.items():
         aimed = int(context) == AIMED_CONTEXT and setting.model != "tiny"
         for row in rows:
-            if ROWS[row].memory in (None, "none"):
+            if ROWS[row].memory in (None, NO_MEMORY):
                 continue
             for against, what, measure, sign, bound in AIMS:
                 value = measure(rows[against], rows[row]) if against in rows else None

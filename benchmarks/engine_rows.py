@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from vllm_ahn.config import MEMORIES, NO_MEMORY
 from vllm_ahn.tiny import make_tiny
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ class Row:
 ROWS = {
     "full": Row("full attention"),
     "full-fp8": Row("full attention, fp8 cache", cache_dtype="fp8", may_be_missing=True),
-    "window": Row("sinks + window, no memory", "none"),
+    "window": Row("sinks + window, no memory", NO_MEMORY),
     "ahn-gdn": Row("AHN, GatedDeltaNet", "GatedDeltaNet"),
     "ahn-dn": Row("AHN, DeltaNet", "DeltaNet"),
     "ahn-mamba2": Row("AHN, Mamba2", "Mamba2"),
@@ -123,8 +124,8 @@ class Setting:
 def write_models(setting: Setting, folder: Path) -> dict[str, Path]:
     """Writes configurations without weights; returns the folder of the base as "base", of each AHN by its memory."""
     folders: dict[str, Path] = {}
-    memories = {ROWS[row].memory for row in setting.rows} - {None, "none"}
-    for memory in sorted(memories) or ["GatedDeltaNet"]:  # the base comes with any
+    wanted = [ROWS[row].memory for row in setting.rows]
+    for memory in [memory for memory in MEMORIES if memory in wanted] or MEMORIES[:1]:  # the base comes with any
         paths = make_tiny(
             folder / memory,
             memory=memory,
@@ -152,7 +153,7 @@ def arguments(setting: Setting, row: str, folders: dict[str, Path], *, eager: bo
         "kv_cache_dtype": ROWS[row].cache_dtype,
     }
     if memory is not None:
-        checkpoint = memory if memory == "none" else str(folders[memory])
+        checkpoint = memory if memory == NO_MEMORY else str(folders[memory])
         ahn = {"checkpoint": checkpoint, "window": setting.window, "sinks": setting.sinks}
         values["additional_config"] = {"ahn": ahn}
     if setting.sequences or eager:

@@ -78,6 +78,12 @@ class Ladder:
         self.steps_s: dict[int, list[float]] = {}
         self.last: Decoding | None = None
 
+    @property
+    def whole(self) -> int:
+        """Sequences that can keep all their blocks. vLLM's count takes in the one block that vLLM keeps for itself."""
+        num_blocks = self.engine.info["num_blocks"]
+        return int((num_blocks - 1) // round(num_blocks / self.count))
+
     def prompt(self, number: int) -> list[int]:
         """The prompt of one sequence; all engines get the same ones."""
         return prompt(self.rungs.prompt_tokens, number, self.rungs.vocab)
@@ -99,7 +105,7 @@ class Ladder:
         """Takes in sequences until there are ``target``, or no more fit, or ``deadline`` (`time.monotonic`) is near."""
         target = min(target, self.rungs.max_batch)
         if self.keeps_all:
-            target = min(target, int(self.count))
+            target = min(target, self.whole)
         while not self.why_no_more and self.batch < target:
             if time.monotonic() + self.prefill_s > deadline:
                 self.why_no_more = TIME_BUDGET
@@ -107,7 +113,7 @@ class Ladder:
             held = self.engine.hold(self.prompt(self.batch), self.rungs.answer_tokens)
             self.batch += not held.refused
             self.why_no_more = held.refused
-        if not self.why_no_more and self.keeps_all and self.batch == int(self.count):
+        if not self.why_no_more and self.keeps_all and self.batch == self.whole:
             self.why_no_more = VLLM_COUNT
         elif not self.why_no_more and self.batch == self.rungs.max_batch:
             self.why_no_more = MAX_BATCH

@@ -230,7 +230,8 @@ class SteppedEngine:
 
     def decode(self, steps: int) -> Decoding:
         self.settle()
-        preempted, steps_s = self.preemptions(), []
+        preempted = self.preemptions()
+        steps_s: list[float] = []
         before = time.perf_counter()
         while len(steps_s) < steps and self.preemptions() == preempted:
             if len(self.step_held()) == len(self.held):
