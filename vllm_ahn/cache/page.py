@@ -89,6 +89,11 @@ class StatePageLayout:
     dtype: torch.dtype = torch.float32
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of one request, without what is left over in its last page."""
+        return self.num_heads * self.head_size**2 * self.dtype.itemsize
+
+    @property
     def columns_per_page(self) -> int:
         return self.page_bytes // (self.head_size * self.dtype.itemsize)
 
