@@ -15,8 +15,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
 from vllm_ahn.attention.core import core
 from vllm_ahn.attention.op import ahn_attention, encode_layer_name
-from vllm_ahn.cache.layer import LayerSizes, layer_specs, window_layout
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPages
+from vllm_ahn.cache.layer import LayerSizes, layer_specs, state_layout, window_layout
+from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.memory import Memory, Router
@@ -97,6 +97,7 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         self.scale = scale
         self.config = config
         self.full_attention = full_attention
+        self.vllm_config = get_current_vllm_config()
         # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
         self._parts = (memory, router)
         self.register(prefix)
@@ -180,7 +181,6 @@ class AHNState(PagedLayer[StatePages]):
     """The compressed memory's place among vLLM's layers: a name, a spec, and the pages."""
 
     def __init__(self, window_layer: AHNAttention, prefix: str) -> None:
-        self.num_heads = window_layer.num_heads
         self._window_layer = window_layer
         self.register(prefix)
 
@@ -198,4 +198,4 @@ class AHNState(PagedLayer[StatePages]):
 
     def view_pages(self, kv_cache: torch.Tensor) -> StatePages:
         page_bytes = kv_cache[0].numel() * kv_cache.element_size()
-        return StatePages(kv_cache, StatePageLayout(self.num_heads, self._window_layer.head_size, page_bytes))
+        return StatePages(kv_cache, state_layout(self._window_layer.config, self._window_layer.sizes, page_bytes))

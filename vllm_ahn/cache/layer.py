@@ -39,6 +39,11 @@ def window_layout(config: AHNConfig, sizes: LayerSizes, block_size: int, dtype: 
     )
 
 
+def state_layout(config: AHNConfig, sizes: LayerSizes, page_bytes: int) -> StatePageLayout:
+    """Pages of the compressed memory, as large as those of the lossless one, in the dtype that `config` says."""
+    return StatePageLayout(sizes.num_heads, sizes.head_size, page_bytes, getattr(torch, config.state_dtype))
+
+
 def layer_specs(
     config: AHNConfig, sizes: LayerSizes, *, block_size: int, dtype: torch.dtype, vllm_config: VllmConfig
 ) -> tuple[AHNWindowSpec, AHNStateSpec | None]:
@@ -61,5 +66,5 @@ def layer_specs(
     )
     if config.memory is None:
         return window, None
-    states = StatePageLayout(sizes.num_heads, sizes.head_size, layout.page_bytes)
+    states = state_layout(config, sizes, layout.page_bytes)
     return window, state_spec(states, block_size=block_size, dtype=dtype, capacity=config.capacity)

@@ -87,6 +87,7 @@ class StatePageLayout:
     """Rows of a column (``D_k``) and columns of a head (``D_v``)."""
     page_bytes: int
     dtype: torch.dtype = torch.float32
+    """In which states are kept: what is written is rounded to it, and what is read is float32 again."""
 
     @property
     def state_bytes(self) -> int:
