@@ -13,7 +13,7 @@ PACKAGES = ("vllm", "torch", "triton", "flash-linear-attention")
 
 def describe() -> dict[str, Any]:
     """Processor, usable cores and versions, for the head of a result."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -22,11 +22,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The version of an installed distribution, or "not installed"."""
     try:
         return version(name)
     except PackageNotFoundError:
-        return "none"
+        return "not installed"
 
 
 def cpu_name() -> str:
