@@ -20,9 +20,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_ahn.attention.gpu.backend import choose_attention
-from vllm_ahn.attention.gpu.compaction import TILE_BLOCKS, compact_block_table, compact_width
 from vllm_ahn.attention.gpu.rows import AttentionRows, PagedAttention, cut_into_rows
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.kernels.compaction import TILE_BLOCKS, compact_block_table, compact_width
 from vllm_ahn.kernels.decode_memory import decode_rows
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
 

@@ -12,8 +12,8 @@ that end within ``W + S`` keep their order: there that window is all of the sequ
 """
 
 import torch
-from vllm.triton_utils import tl, triton
-from vllm.utils.math_utils import cdiv
+import triton
+import triton.language as tl
 
 TILE_BLOCKS = 8
 """Entries that the attention kernel may read past a row's end, without using them: a tile has up to 128 tokens."""
@@ -32,7 +32,7 @@ def compact_width(window: int, sinks: int, block_size: int, max_queries: int) ->
         Blocks of the sinks, of the ``W - 1`` tokens before the first query and of the queries; the window starts
         anywhere in a block.
     """
-    return cdiv(sinks, block_size) + cdiv(window - 1 + max_queries, block_size) + 1
+    return triton.cdiv(sinks, block_size) + triton.cdiv(window - 1 + max_queries, block_size) + 1
 
 
 @triton.jit(do_not_specialize=["window", "width"])
@@ -110,7 +110,7 @@ def compact_block_table(
         compact_lens: ``[>= R]`` int32, written: the compacted sequences' tokens.
     """
     tile = 1024
-    grid = (len(seq_lens), cdiv(compact_table.shape[1], tile))
+    grid = (len(seq_lens), triton.cdiv(compact_table.shape[1], tile))
     _compact_kernel[grid](
         block_table,
         block_table.stride(0),
@@ -122,7 +122,7 @@ def compact_block_table(
         compact_lens,
         window,
         compact_table.shape[1],
-        SINK_BLOCKS=cdiv(sinks, block_size),
+        SINK_BLOCKS=triton.cdiv(sinks, block_size),
         BLOCK_SIZE=block_size,
         HAS_REQUESTS=requests is not None,
         REARRANGE=rearrange,
