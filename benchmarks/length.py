@@ -13,7 +13,7 @@ Before anything is timed, tokens are checked: inside the window against full att
 in float32. A mismatch ends the program with a sentence and exit code 1.
 
 Runs on a CPU or a GPU. One OpenMP thread an engine by default: see `serving.py`. Writes a figure, which needs
-matplotlib, and its numbers: ``results/length-cpu.png``, ``.md`` and ``.json`` beside this file. ``--tiny`` is a smaller
+matplotlib, and its numbers: ``results/length-cpu.svg``, ``.md`` and ``.json`` beside this file. ``--tiny`` is a smaller
 model at shorter lengths: what it shows is that the benchmark works.
 """
 
@@ -97,7 +97,8 @@ class Lengths(Comparison):
 def main() -> None:
     args = parser().parse_args()
     setting = read_setting(args)
-    check_plot()
+    plot = args.plot or args.output.with_suffix(".svg")
+    check_plot(plot)
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
@@ -116,7 +117,7 @@ def main() -> None:
         "contexts": {str(context): figures(setting, info, repetitions, context) for context in setting.contexts[::-1]},
     }
     report.write(args.output, result, markdown(setting, result))
-    draw(setting, result, args.output.with_suffix(".png"))
+    draw(setting, result, plot)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,7 +136,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--repetitions", type=int)
     result.add_argument("--threads", type=int, default=1, help="of OpenMP, for each engine")
     result.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="vllm.LLM's, for all")
-    result.add_argument("--output", type=Path, default=report.FOLDER / "length-cpu", help="without .json, .md and .png")
+    result.add_argument("--output", type=Path, default=report.FOLDER / "length-cpu", help="without .json and .md")
+    result.add_argument("--plot", type=Path, metavar="FILE", help=".svg, .png or .pdf; default: OUTPUT.svg")
     return result
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine_rows import ROWS, Comparison
 
-from vllm_ahn.cost.curves import AHN, FULL, WINDOW, spread
+from vllm_ahn.cost.curves import AHN, FULL, STYLE, WINDOW, spread
 
 MIB = 2**20
 PARTS: tuple[tuple[str, str, str, str, float], ...] = (
@@ -82,8 +82,7 @@ def draw(setting: Comparison, result: dict[str, Any], file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(STYLE | {"font.size": 11, "lines.linewidth": 2}):
         figure, (cache, token) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
         for axes, (title, unit, value, _, factor) in zip((cache, token), PARTS, strict=False):
             curves = {row: [factor * rows[row][value] for rows in result["contexts"].values()] for row in setting.rows}

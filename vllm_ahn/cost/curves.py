@@ -1,4 +1,4 @@
-"""How curves of full attention, of a window and of an AHN look in every figure: their colours, and room for labels."""
+"""How curves of full attention, of a window and of an AHN look in every figure: colours, frame, and room for labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 # Blue and vermilion of Okabe and Ito's palette, which colour-blind readers tell apart, and greys for full attention.
 FULL, FP8_CACHE, WINDOW, AHN = "#404040", "#8c8c8c", "#0072b2", "#d55e00"
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "cost", "axes.spines.top": False, "axes.spines.right": False}
+"""For matplotlib: text stays text, and axes have no frame."""
 
 
 def spread(ends: Sequence[tuple[float, str, str]], gap: float) -> list[tuple[float, tuple[float, str, str]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.cost import flops
 from vllm_ahn.cost.allocation import FP8, Allocation, ahn_attention, full_attention
-from vllm_ahn.cost.curves import AHN, FP8_CACHE, FULL, WINDOW, spread
+from vllm_ahn.cost.curves import AHN, FP8_CACHE, FULL, STYLE, WINDOW, spread
 from vllm_ahn.cost.report import Question
 from vllm_ahn.errors import AHNError
 
@@ -30,7 +30,7 @@ def plot(question: Question, file: pathlib.Path) -> None:
 
     capacity = question.configs[0].capacity
     end = max(2 * max(question.lengths), 4 * capacity)
-    with pyplot.rc_context({"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "svg.hashsalt": "cost"}):
+    with pyplot.rc_context(STYLE | {"font.size": 10}):
         figure, (cache, work) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
         _draw(cache, _cache_curves(question), question, end)
         _draw(work, _flops_curves(question), question, end)
@@ -136,7 +136,6 @@ def _draw(axes: Any, curves: Sequence[Curve], question: Question, end: int) -> N
     axes.set_ylim(0, top * 1.04)
     axes.set_xlabel("tokens of the sequence, thousands")
     axes.set_ylabel(unit)
-    axes.spines["right"].set_visible(False)
 
 
 def _unit(most: float, is_cache: bool) -> tuple[str, float]:
