@@ -45,7 +45,7 @@ from vllm_ahn.evaluation.plot import check_plot
 
 FULL, WINDOW, AHN = "full", "window", "ahn-gdn"
 REQUESTS, ANSWER = 4, 32
-"""What is checked inside the window: so many requests at once, so many tokens each."""
+"""What is checked: so many requests at once, so many tokens each."""
 
 REAL: dict[str, Any] = {
     "model": "0.5B",
@@ -71,7 +71,7 @@ TINY: dict[str, Any] = {
     "rounds": 3,
     "repetitions": 2,
 }
-TOLERANCE = {"bfloat16": 0.15, "float32": 1e-3}
+TOLERANCE = {"bfloat16": 0.25, "float32": 1e-3}
 """How much less than the best a token's logit may be in float32 for the engine to choose it; the best is about 4."""
 
 
@@ -187,7 +187,7 @@ def verify(setting: Lengths, engines: dict[str, EngineProcess], folders: dict[st
 
     vocab = setting.shape["vocab"]
     inside = [prompt(setting.capacity // 2 - ANSWER, seed, vocab) for seed in range(REQUESTS)]
-    past = prompt(2 * setting.capacity - ANSWER, vocab=vocab)
+    past = [prompt(2 * setting.capacity - ANSWER, seed, vocab) for seed in range(REQUESTS)]
     verified = {}
     for row in setting.rows[1:]:
         memory = ROWS[row].memory
@@ -197,7 +197,7 @@ def verify(setting: Lengths, engines: dict[str, EngineProcess], folders: dict[st
         verified[f"{ROWS[row].text}, past it"] = check_past(
             engines[FULL], engines[row], reference, past, ANSWER, setting.tolerance
         )
-    if engines[WINDOW].answer(past, ANSWER).tokens == engines[AHN].answer(past, ANSWER).tokens:
+    if engines[WINDOW].throughput(past, ANSWER).tokens == engines[AHN].throughput(past, ANSWER).tokens:
         raise Mismatch("past the window the memory does not change a token, so they show nothing")
     return verified
 

@@ -32,7 +32,7 @@ def markdown(setting: Comparison, result: dict[str, Any]) -> str:
         f"    {result['command']}",
         "",
         f"{description(setting, result)}; {result['machine']['versions']}. One request in each of three engines, which "
-        f"took turns of {setting.steps} decode steps; medians over all turns of {setting.repetitions} repetitions, "
+        f"took turns of {setting.steps} decode steps; medians over all turns of {setting.repetitions} repetition(s), "
         f"ratios between turns of one round. The load of the machine before them was "
         f"{' and '.join(f'{load:.1f}' for load in result['loads'])}. {result['seconds']:.0f} s in all.",
     ]

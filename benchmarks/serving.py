@@ -112,7 +112,7 @@ def verify(base: EngineProcess, ahn: EngineProcess, paths: TinyPaths) -> dict[st
     prompts = [prompt(SHORT, seed) for seed in range(REQUESTS)]
     inside = check_inside(base, ahn, prompts, SHORT_ANSWER)
     reference = from_folders(paths.base, paths.ahn, WINDOW, SINKS)
-    past = check_past(base, ahn, reference, prompt(NEAR), ANSWER, TOLERANCE)
+    past = check_past(base, ahn, reference, [prompt(NEAR)], ANSWER, TOLERANCE)
     return {"inside the window": inside, "past the window": past}
 
 

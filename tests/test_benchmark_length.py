@@ -35,8 +35,8 @@ def test_all_lengths_are_verified_measured_and_drawn(tmp_path: Path) -> None:
 
     assert len(result["verified"]) == 4
     for name, text in result["verified"].items():
-        inside = "inside the window" in name
-        assert text.startswith("4 requests, 32 tokens each: equal" if inside else "32 tokens after 224: "), name
+        expected = "tokens each: equal" if "inside the window" in name else "tokens after 224: each at most 0.00"
+        assert text.startswith(f"4 requests, 32 {expected}"), name
 
     assert [int(context) for context in result["contexts"]] == CONTEXTS
     for context, rows in result["contexts"].items():
@@ -93,9 +93,6 @@ class FakeEngine:
     def __init__(self, *tokens: int) -> None:
         self.tokens = list(tokens)
 
-    def answer(self, prompt: Any, max_tokens: int) -> Any:
-        return SimpleNamespace(tokens=self.tokens)
-
     def throughput(self, prompts: Any, max_tokens: int) -> Any:
         return SimpleNamespace(tokens=[self.tokens for _ in prompts])
 
@@ -114,7 +111,7 @@ def test_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.tensor([[[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.75, 1.0]]])
 
     def past(engine: FakeEngine, full: FakeEngine, tolerance: float) -> str:
-        return checks.check_past(full, engine, reference, [0, 0], 2, tolerance)
+        return checks.check_past(full, engine, reference, [[0, 0]], 2, tolerance)
 
     assert "at most 0.000" in past(other, full, 0.1)
     assert "at most 0.250" in past(full, other, 0.3)
