@@ -32,8 +32,9 @@ def markdown(setting: Comparison, result: dict[str, Any]) -> str:
         f"    {result['command']}",
         "",
         f"{description(setting, result)}; {result['machine']['versions']}. One request in each of three engines, which "
-        f"took turns of {setting.steps} decode steps; medians over all turns of {setting.repetitions} repetition(s), "
-        f"ratios between turns of one round. The load of the machine before them was "
+        f"took turns of {setting.steps} decode steps. Times per token are medians over the turns of "
+        f"the fastest of {setting.repetitions} repetition(s), their ratios medians over all, between turns of one "
+        f"round; times to the first token are medians. The load of the machine before the repetitions was "
         f"{' and '.join(f'{load:.1f}' for load in result['loads'])}. {result['seconds']:.0f} s in all.",
     ]
     for title, unit, value, ratio, factor in PARTS:
