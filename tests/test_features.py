@@ -28,6 +28,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kv_offloading_size": 2.0}, "--kv-offloading-size 2"),
     ({"cache_dtype": "fp8_e4m3"}, "quantised KV cache.*'fp8_e4m3'"),
     ({"cache_dtype": "bfloat16", "model_dtype": "float32"}, "another dtype.*'bfloat16'.*float32"),
+    ({"mamba_cache_dtype": "float32"}, "leave out --mamba-cache-dtype float32"),
+    ({"mamba_ssm_cache_dtype": "float16"}, "state in float16: --mamba-ssm-cache-dtype is expected to be auto"),
     ({"second_source": True, "load_format": "tensorizer"}, "load format 'tensorizer'"),
     ({"second_source": True, "load_format": "bitsandbytes"}, "load format 'bitsandbytes'"),
     ({"block_size": 8}, "blocks of 8 tokens"),
@@ -41,6 +43,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"convert": "embed"}, "--convert is 'embed'"),
     ({"lora": True}, "--enable-lora"),
     ({"device_type": "xpu"}, "on CPUs and on GPUs of NVIDIA and AMD.*'xpu'"),
+    ({"attention_backend": "TRITON_ATTN"}, "expected to be 'CPU_ATTN' on CPUs, or left out"),
+    ({"runs_triton": True, "attention_backend": "FLASHINFER"}, "'FLASHINFER'.*'TRITON_ATTN' or 'FLASH_ATTN' on GPUs"),
+    ({"backends_per_kind": True}, "backend_per_kind"),
+]
+
+FLASH = Wanted(runs_triton=True, has_flash_attention=True, attention_backend="FLASH_ATTN")
+REFUSED_OF_FLASH_ATTENTION: list[tuple[dict[str, Any], str]] = [
+    ({"has_flash_attention": False}, "compute capability 8.0"),
+    ({"model_dtype": "float32"}, "float32.*one of float16, bfloat16"),
+    ({"head_size": 320}, "head sizes.*320"),
+    ({"head_size": 60}, "head sizes.*60"),
+    ({"block_size": 64}, "--block-size is 64, expected one of 16, 32, 48"),
+    ({"sinks": 24}, "--ahn-sinks is 24, expected a multiple of the block size, 16"),
+    ({"sinks": 16, "block_size": 32}, "--ahn-sinks is 16, expected a multiple of the block size, 32"),
+    ({"window": 20, "block_size": 32}, "--ahn-window is 20, expected at least the block size, 32"),
 ]
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
@@ -50,6 +67,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
     ({"kv_offloading_size": 1}, "KV offloading"),
     ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
+    ({"mamba_cache_dtype": "bfloat16"}, "--mamba-cache-dtype bfloat16"),
+    ({"mamba_ssm_cache_dtype": "float16"}, "--mamba-ssm-cache-dtype"),
     ({"load_format": "sharded_state"}, "load format 'sharded_state'"),
     ({"block_size": 8}, "blocks of 8 tokens"),
     ({"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
@@ -60,6 +79,9 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"runner": "pooling"}, "text generation only"),
     ({"convert": "embed"}, "text generation only"),
     ({"enable_lora": True}, "LoRA"),
+    ({"attention_backend": "FLASH_ATTN"}, "'FLASH_ATTN'.*'CPU_ATTN' on CPUs"),
+    ({"attention_config": {"backend": "TRITON_ATTN"}}, "'TRITON_ATTN'.*'CPU_ATTN' on CPUs"),
+    ({"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}}, "backend_per_kind"),
 ]
 
 
@@ -81,16 +103,33 @@ def test_refused(change: dict[str, Any], pattern: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("change", "pattern"), REFUSED_OF_FLASH_ATTENTION)
+def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> None:
+    good = {"model_dtype": "bfloat16", "head_size": 80, "block_size": 16, "sinks": 128, "window": 32640}
+    features.check(FLASH)
+    features.check(dataclasses.replace(FLASH, **good))
+    for wanted in (dataclasses.replace(FLASH, **change), dataclasses.replace(FLASH, **(good | change))):
+        with pytest.raises(AHNError, match=pattern) as caught:
+            features.check(wanted)
+        assert str(caught.value).startswith("--attention-backend is 'FLASH_ATTN'") and "\n" not in str(caught.value)
+        # What Triton's attention can do all of.
+        features.check(dataclasses.replace(wanted, attention_backend="TRITON_ATTN"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"block_size": 16},
         {"block_size": 128},
         {"cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
+        {"mamba_ssm_cache_dtype": "float32"},
+        {"mamba_ssm_cache_dtype": "bfloat16"},
         {"second_source": True, "load_format": "dummy"},
         {"load_format": "sharded_state"},  # of a merged model, which has no second source
         {"runner": "auto", "convert": "auto"},
         {"model_impl": "vllm"},
+        {"attention_backend": "CPU_ATTN"},
+        {"runs_triton": True, "attention_backend": "TRITON_ATTN"},
     ],
 )
 def test_not_refused(change: dict[str, Any]) -> None:
@@ -126,6 +165,22 @@ def test_every_ahn_model_has_the_hook() -> None:
     assert all("AHN" in MODELS_CONFIG_MAP[architecture].__name__ for architecture in MODEL_CLASSES)
 
 
+@pytest.mark.parametrize(("flag", "dtype"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_the_flag_for_the_state_reaches_the_configuration(tiny: TinyPaths, flag: str, dtype: str) -> None:
+    """By the AHN's own setting: on some CPUs vLLM resets its own to float32."""
+    args = engine_args(tiny, mamba_ssm_cache_dtype=flag)
+    for _ in range(2):
+        assert args.create_engine_config().additional_config["ahn"]["state_dtype"] == dtype
+
+
+def test_the_flag_for_the_state_may_not_contradict_a_resolved_setting(tiny: TinyPaths) -> None:
+    args = engine_args(tiny, mamba_ssm_cache_dtype="bfloat16")
+    args.create_engine_config()
+    args.mamba_ssm_cache_dtype = "float32"
+    with pytest.raises(AHNError, match=r"'state_dtype': 'bfloat16'.*expected.*'state_dtype': 'float32'"):
+        args.create_engine_config()
+
+
 def test_the_block_size_that_the_platform_chooses_is_accepted(tiny: TinyPaths) -> None:
     config = engine_args(tiny).create_engine_config()
     assert config.cache_config.block_size in features.BLOCK_SIZES
@@ -140,10 +195,13 @@ def test_load_formats_are_those_of_the_default_loader() -> None:
 
 
 def test_wanted_reads_every_field_from_both_sides(tiny: TinyPaths) -> None:
-    args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32")
+    asked = {"mamba_ssm_cache_dtype": "float32", "attention_backend": "cpu_attn"}
+    args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32", **asked)
     config = args.create_engine_config()
     ours, theirs = Wanted.from_engine_args(args), Wanted.from_vllm_config(config)
-    decided = {"model_dtype": "float32", "runner": "generate", "convert": "none"}
+    head_size = config.model_config.get_head_size()
+    decided = {"model_dtype": "float32", "runner": "generate", "convert": "none", "head_size": head_size}
     assert theirs == dataclasses.replace(ours, **decided)
     assert ours.second_source
-    assert ours.block_size == 32
+    assert (ours.block_size, ours.window, ours.sinks) == (32, 24, 8)
+    assert ours.attention_backend == "CPU_ATTN"

@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from vllm_ahn.attention.core import runs_triton
 from vllm_ahn.checkpoint import LOAD_FORMATS
-from vllm_ahn.config import NO_MEMORY
+from vllm_ahn.config import NO_MEMORY, STATE_DTYPES
 from vllm_ahn.errors import AHNError
+from vllm_ahn.plugin.attention_backends import attention_refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,6 +43,8 @@ class Wanted:
     cache_dtype: str = "auto"
     model_dtype: str | None = None
     """The model's dtype, None while it is open."""
+    mamba_cache_dtype: str = "auto"
+    mamba_ssm_cache_dtype: str = "auto"
     block_size: int | None = None
     """Tokens, None for vLLM's choice."""
     disable_hybrid_kv_cache_manager: bool = False
@@ -49,6 +53,18 @@ class Wanted:
     lora: bool = False
     device_type: str = "cpu"
     """What vLLM runs on in this environment, as its platform calls it."""
+    runs_triton: bool = False
+    """Whether AHN layers are computed by Triton kernels: on GPUs."""
+    has_flash_attention: bool = False
+    """Whether the device is one that vLLM's FlashAttention is for."""
+    attention_backend: str | None = None
+    """The kernel asked for, None for a choice of ours."""
+    backends_per_kind: bool = False
+    window: int | None = None
+    sinks: int | None = None
+    """Tokens, None while they are open."""
+    head_size: int | None = None
+    """The model's head size, None while it is open."""
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Wanted:
@@ -70,12 +86,20 @@ class Wanted:
             kv_connector=None if connector is None else _connector_name(connector),
             kv_offloading_size=args.kv_offloading_size,
             cache_dtype=_text(args.kv_cache_dtype),
+            mamba_cache_dtype=_text(args.mamba_cache_dtype),
+            mamba_ssm_cache_dtype=_text(args.mamba_ssm_cache_dtype),
             block_size=args.block_size,
             disable_hybrid_kv_cache_manager=bool(args.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=args.kv_sharing_fast_prefill,
             microbatches=bool(args.enable_dbo) or args.ubatch_size > 1,
             lora=args.enable_lora,
             device_type=_device_type(),
+            runs_triton=runs_triton(),
+            has_flash_attention=_has_flash_attention(),
+            attention_backend=_backend_name(args.attention_backend or args.attention_config.backend),
+            backends_per_kind=bool(args.attention_config.backend_per_kind),
+            window=_length(setting, "window"),
+            sinks=_length(setting, "sinks"),
         )
 
     @classmethod
@@ -83,12 +107,13 @@ class Wanted:
         """What the whole configuration has come to."""
         model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
         connector = config.kv_transfer_config
+        setting = ahn_setting(config.additional_config)
         return cls(
             runner=model.runner_type,
             convert=model.convert_type,
             model_impl=model.model_impl,
             load_format=_text(config.load_config.load_format),
-            second_source=_names_checkpoint(ahn_setting(config.additional_config)),
+            second_source=_names_checkpoint(setting),
             speculation=config.speculative_config is not None,
             decode_context_parallel_size=parallel.decode_context_parallel_size,
             prefill_context_parallel_size=parallel.prefill_context_parallel_size,
@@ -96,6 +121,8 @@ class Wanted:
             kv_offloading_size=cache.kv_offloading_size,
             cache_dtype=_text(cache.cache_dtype),
             model_dtype=str(model.dtype).removeprefix("torch."),
+            mamba_cache_dtype=_text(cache.mamba_cache_dtype),
+            mamba_ssm_cache_dtype=_text(cache.mamba_ssm_cache_dtype),
             # Until the platform has chosen, this holds vLLM's generic default, which says nothing.
             block_size=cache.block_size if cache.user_specified_block_size else None,
             disable_hybrid_kv_cache_manager=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
@@ -103,6 +130,13 @@ class Wanted:
             microbatches=parallel.use_ubatching,
             lora=config.lora_config is not None,
             device_type=_device_type(),
+            runs_triton=runs_triton(),
+            has_flash_attention=_has_flash_attention(),
+            attention_backend=_backend_name(config.attention_config.backend),
+            backends_per_kind=bool(config.attention_config.backend_per_kind),
+            window=_length(setting, "window"),
+            sinks=_length(setting, "sinks"),
+            head_size=model.get_head_size(),
         )
 
 
@@ -148,6 +182,16 @@ def refusals(wanted: Wanted) -> Iterator[str]:
             "AHN does not work with a KV cache of another dtype than the model's yet: --kv-cache-dtype is "
             f"{wanted.cache_dtype!r} and the model is {wanted.model_dtype}, expected 'auto'"
         )
+    if wanted.mamba_cache_dtype != "auto":
+        yield (
+            "AHN's state is the only recurrent one that it keeps: leave out --mamba-cache-dtype "
+            f"{wanted.mamba_cache_dtype}, and choose the state's dtype by --mamba-ssm-cache-dtype"
+        )
+    if wanted.mamba_ssm_cache_dtype not in ("auto", *STATE_DTYPES):
+        yield (
+            f"AHN does not keep its state in {wanted.mamba_ssm_cache_dtype}: --mamba-ssm-cache-dtype is expected to "
+            f"be auto (which is {STATE_DTYPES[0]}) or one of {', '.join(STATE_DTYPES)}"
+        )
     if wanted.second_source and wanted.load_format not in LOAD_FORMATS:
         yield (
             f"AHN does not work with load format {wanted.load_format!r}, which does not read the AHN "
@@ -180,6 +224,7 @@ def refusals(wanted: Wanted) -> Iterator[str]:
             f"AHN serves text generation only: --runner is {wanted.runner!r} and --convert is "
             f"{wanted.convert!r}, expected 'generate' and 'none'"
         )
+    yield from attention_refusals(wanted)
 
 
 def check(wanted: Wanted) -> None:
@@ -213,6 +258,15 @@ def install() -> None:
         MODELS_CONFIG_MAP[architecture] = AHNModelConfig
 
 
+def state_dtype(mamba_ssm_cache_dtype: str) -> str:
+    """The `AHNConfig.state_dtype` that vLLM's ``--mamba-ssm-cache-dtype`` asks for.
+
+    The AHN's own configuration carries it from here on: vLLM's CPU platform, not knowing this model's state, resets the
+    flag on some CPUs.
+    """
+    return STATE_DTYPES[0] if mamba_ssm_cache_dtype == "auto" else mamba_ssm_cache_dtype
+
+
 def ahn_setting(additional_config: Any) -> Any:
     """What ``additional_config`` says about AHN: None, a checkpoint, or a dict (resolved or the user's)."""
     return additional_config.get("ahn") if isinstance(additional_config, dict) else None
@@ -227,6 +281,24 @@ def _device_type() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type)
+
+
+def _has_flash_attention() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and current_platform.has_device_capability(80)
+
+
+def _backend_name(backend: Any) -> str | None:
+    """The name of one of vLLM's backends, given as a member of its enumeration or as a user writes it."""
+    name = None if backend is None else str(getattr(backend, "name", backend)).upper()
+    return None if name == "AUTO" else name
+
+
+def _length(setting: Any, name: str) -> int | None:
+    """`window` or `sinks` of a setting, None if it does not say or says nonsense, which others refuse."""
+    value = setting.get(name) if isinstance(setting, dict) else None
+    return value if isinstance(value, int) else None
 
 
 def _names_checkpoint(setting: Any) -> bool:

@@ -72,6 +72,7 @@ def make_tiny(
     fa_layer_ids: str = "",
     dtype: str = "float32",
     shards: int = 1,
+    weights: bool = True,
 ) -> TinyPaths:
     """Writes ``base`` and ``ahn``, or ``merged`` if `merged`, into `folder`, and says where.
 
@@ -79,7 +80,8 @@ def make_tiny(
     that heads * head size differs from hidden as in real ones, twice that for Qwen3; `tie_word_embeddings` is
     then true for Qwen3 only. The same arguments give the same bytes, and base and AHN each depend on `seed`
     alone beside their own arguments: one base serves every memory. `shards` splits the weights over files
-    with an index. Raises `AHNError`.
+    with an index. Without `weights` there are configurations and a tokenizer only, for vLLM's
+    ``load_format="dummy"``. Raises `AHNError`.
     """
     for name, value, known in (
         ("model_type", model_type, tuple(ARCHITECTURES)),
@@ -130,11 +132,13 @@ def make_tiny(
     options = read_options({**asked, "_ahn_implementation": memory}, shape, "make-tiny")
 
     from vllm_ahn.checkpoint.writer import ahn_config, write_json, write_weights
-    from vllm_ahn.tiny import weights
+    from vllm_ahn.tiny.weights import Tensors, ahn_tensors, base_tensors
 
     with_ahn = {**ahn_config(config, memory, options), **_LEFTOVERS, "save_ahn_only": not merged}
-    base = weights.base_tensors(config, shape, seed)
-    ahn = weights.ahn_tensors(memory, shape, options, seed)
+    base: Tensors = {}
+    ahn: Tensors = {}
+    if weights:
+        base, ahn = base_tensors(config, shape, seed), ahn_tensors(memory, shape, options, seed)
     folder = pathlib.Path(folder)
     if merged:
         paths = TinyPaths(folder / "merged", None)
@@ -147,7 +151,8 @@ def make_tiny(
     for part, (values, tensors) in parts.items():
         part.mkdir(parents=True, exist_ok=True)
         write_json(part / "config.json", {**values, _MARK: seed})
-        write_weights(part, tensors, dtype, shards)
+        if weights:
+            write_weights(part, tensors, dtype, shards)
     write_tokenizer(paths.base, vocab)
     ends = {
         "bos_token_id": end_of_text,
