@@ -45,3 +45,12 @@ def read_corpus() -> Corpus:
     held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     train = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
     return Corpus(train, held_out, digest.hexdigest())
+
+
+def write_corpus(folder: pathlib.Path) -> Corpus:
+    """Writes ``train.txt`` and ``held_out.txt``, the texts one after another."""
+    corpus = read_corpus()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts in (("train", corpus.train), ("held_out", corpus.held_out)):
+        (folder / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
+    return corpus

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _flag(name), nargs="+", type=int, default=list(_DEFAULTS[name]), metavar="N",
             help=f"what {what} is drawn from, tokens (default: %(default)s)",
         )  # fmt: skip
+    _add(parser, "max_ratio", int, "how many times W + S a sample may be long, where they are drawn")
     parser.add_argument("--loss", choices=("kl", "ce"), default="kl", help="towards the teacher, or the text")
     _add(parser, "steps", int, "optimizer steps")
     _add(parser, "batch_size", int, "samples of a step, over all processes")

@@ -36,7 +36,8 @@ def read_samples(settings: Settings, tokenizer: Any) -> list[torch.Tensor]:
         what = (
             f"more tokens than --window and --sinks together, {settings.window + settings.sinks}"
             if settings.window is not None and settings.sinks is not None
-            else f"more than {min(settings.lossless)} tokens, and less than 8 times {max(settings.lossless)}"
+            else f"more than {min(settings.lossless)} tokens, and less than {settings.max_ratio} times "
+            f"{max(settings.lossless)}"
         )
         raise AHNError(f"--data {' '.join(settings.data)}: all {dropped} samples are too short, expected {what}")
     return samples
@@ -46,7 +47,7 @@ def is_long_enough(settings: Settings, length: int) -> bool:
     """Whether tokens of a sample of `length` come to lie beyond its window."""
     if settings.window is not None and settings.sinks is not None:
         return length > settings.window + settings.sinks + 1
-    return bool(lengths.possible(settings.lossless, length))
+    return bool(lengths.possible(settings.lossless, length, settings.max_ratio))
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -75,7 +76,8 @@ class Samples(Dataset[dict[str, Any]]):
             window, sinks = settings.window, settings.sinks
         else:
             rng = random.Random(f"{settings.seed} lengths {group}")
-            window, sinks = lengths.draw(rng, len(tokens), settings.lossless, settings.sink_choices)
+            choices = (settings.lossless, settings.sink_choices, settings.max_ratio)
+            window, sinks = lengths.draw(rng, len(tokens), *choices)
         return {"input_ids": tokens, "window": window, "sinks": sinks}
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from vllm_ahn.config import MEMORIES, check_sinks, check_window
-from vllm_ahn.distill.lengths import LOSSLESS, SINKS
+from vllm_ahn.distill.lengths import LOSSLESS, MAX_RATIO, SINKS
 from vllm_ahn.errors import AHNError
 
 SHORT_NAMES = {"gdn": "GatedDeltaNet", "dn": "DeltaNet", "mamba2": "Mamba2"}
@@ -41,6 +41,9 @@ class Settings:
 
     sink_choices: tuple[int, ...] = SINKS
     """What S is drawn from, tokens."""
+
+    max_ratio: int = MAX_RATIO
+    """A sample is less than so many times as long as the W + S that is drawn for it."""
 
     loss: Literal["kl", "ce"] = "kl"
     """``kl``: towards the teacher's distribution. ``ce``: towards the text's own next token."""
@@ -79,7 +82,7 @@ class Settings:
                     f"--length is {self.length}, expected more tokens than --window and --sinks together, {capacity}: "
                     "within them nothing is learnt"
                 )
-        for name in ("length", "steps", "batch_size", "micro_batch", "save_every"):
+        for name in ("length", "steps", "batch_size", "micro_batch", "save_every", "max_ratio"):
             if getattr(self, name) < 1:
                 raise AHNError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if self.batch_size % self.micro_batch:

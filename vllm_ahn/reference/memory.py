@@ -85,7 +85,9 @@ class Memory(nn.Module):
         float32 or None for zeros. ``recurrence``: one of `RECURRENCES`.
         """
         run = RECURRENCES[recurrence]
-        o, state = run(l2_normalize(q), l2_normalize(k), v, g, b, self.scale, self.delta, state)
+        # The recurrence adds up over thousands of tokens: its own choice of dtypes stands, whatever training casts to.
+        with torch.autocast(q.device.type, enabled=False):
+            o, state = run(l2_normalize(q), l2_normalize(k), v, g, b, self.scale, self.delta, state)
         return self.o_proj(self.read_out(o, hidden).to(self.o_proj.weight.dtype)), state
 
 
