@@ -129,10 +129,13 @@ FORMATS: dict[str, tuple[Quantiser, dict[str, Any]]] = {
 """Name -> how a layer's weight is written, and ``quantization_config``."""
 
 
-def quantise(base: pathlib.Path, target: pathlib.Path, name: str, **config: Any) -> pathlib.Path:
+def quantise(
+    base: pathlib.Path, target: pathlib.Path, name: str, skip: tuple[str, ...] = (), **config: Any
+) -> pathlib.Path:
     """Writes the model in folder ``base`` to ``target`` with its decoder's linear layers in format ``name``.
 
-    An AHN merged into ``base`` stays as it is. ``config`` goes into ``quantization_config``.
+    Layers named in ``skip``, and an AHN merged into ``base``, stay as they are. ``config`` goes into
+    ``quantization_config``.
 
     Returns:
         A folder beside ``target`` with the same model unquantised: plain float32 weights of the same worth.
@@ -143,6 +146,8 @@ def quantise(base: pathlib.Path, target: pathlib.Path, name: str, **config: Any)
         shutil.copytree(base, folder)
     tensors, worth = load_file(base / "model.safetensors"), load_file(base / "model.safetensors")
     for weight_name in linear_weights(tensors):
+        if weight_name.removesuffix(".weight") in skip:
+            continue
         parts, worth[weight_name] = quantiser(tensors.pop(weight_name).float())
         tensors |= {weight_name.removesuffix("weight") + part: values.contiguous() for part, values in parts.items()}
     save_file(tensors, target / "model.safetensors")
