@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from openai import APIStatusError
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
 from engines import engine, greedy
 from lora_adapter import PREFIX, fold, save_adapter, write_adapter
+from servers import environment, serve
 from vllm_ahn import AHNError
 from vllm_ahn.models.ahn import AHNForCausalLM
 from vllm_ahn.reference import from_folders
@@ -100,7 +102,9 @@ def ahn_adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_an_adapter_of_the_ahn_is_refused(tiny: TinyPaths, ahn_adapter: pathlib.Path) -> None:
     """With a request, which does not harm the engine, and when it is loaded on its own, as servers do."""
     request = LoRARequest("bad", 1, str(ahn_adapter))
-    sentence = rf"^{ahn_adapter}: this LoRA adapter changes the AHN \({PREFIX}model.layers.1.ahn.fn.o_proj.lora_A.weight\)"
+    sentence = (
+        rf"^{ahn_adapter}: this LoRA adapter changes the AHN \({PREFIX}model.layers.1.ahn.fn.o_proj.lora_A.weight\)"
+    )
     prompt = torch.arange(60)
     with lora_engine(tiny) as llm:
         ((before, _),) = greedy(llm, [prompt], 4)
@@ -120,7 +124,9 @@ def test_pickled_adapters_are_looked_at_too(ahn_adapter: pathlib.Path, tmp_path:
     torch.save(tensors, tmp_path / "adapter_model.bin")
     with pytest.raises(AHNError, match="changes the AHN"):
         check_adapter(str(tmp_path))
-    torch.save({name: tensor for name, tensor in tensors.items() if ".ahn." not in name}, tmp_path / "adapter_model.bin")
+    torch.save(
+        {name: tensor for name, tensor in tensors.items() if ".ahn." not in name}, tmp_path / "adapter_model.bin"
+    )
     check_adapter(str(tmp_path))
 
 
@@ -131,3 +137,34 @@ def test_target_modules_are_the_bases(tiny: TinyPaths, targets: list[str]) -> No
         wrapped = set(worker_model(llm).lora_manager.modules)
     expected = {"qkv_proj", "o_proj"} if "o_proj" in targets else {"qkv_proj"}
     assert wrapped == {f"model.layers.{i}.self_attn.{name}" for i in range(3) for name in expected}
+
+
+def test_server(tiny: TinyPaths, ahn_adapter: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """``vllm serve --enable-lora --lora-modules``: adapters are models of their own; a bad one that is loaded later is
+    answered with the sentence, and the server goes on."""
+    adapter = write_adapter(tmp_path / "good", tiny.base, ATTENTION, 7)
+    flags = ["--ahn", str(tiny.ahn), "--ahn-window", str(WINDOW), "--ahn-sinks", str(SINKS)]
+    flags += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", f"good={adapter}"]
+    flags += ["--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--max-model-len", "1024"]
+    env = environment(tmp_path / "cache", VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
+    prompt = torch.randint(500, (120,), generator=torch.Generator().manual_seed(0))
+    expected = {
+        str(tiny.base): from_folders(tiny.base, tiny.ahn, WINDOW, SINKS),
+        "good": from_folders(fold(tiny.base, adapter, tmp_path / "folded"), tiny.ahn, WINDOW, SINKS),
+    }
+    expected = {name: model.generate(prompt[None], MAX_TOKENS).tokens[0].tolist() for name, model in expected.items()}
+    assert expected["good"] != expected[str(tiny.base)]
+    with serve(tiny.base, *flags, log=tmp_path / "log", env=env) as server:
+        client = server.client
+        assert {model.id for model in client.models.list().data} == set(expected)
+        with pytest.raises(APIStatusError, match="this LoRA adapter changes the AHN"):
+            client.post("/load_lora_adapter", body={"lora_name": "bad", "lora_path": str(ahn_adapter)}, cast_to=str)
+        for name, tokens in expected.items():
+            completion = client.completions.create(
+                model=name,
+                prompt=prompt.tolist(),
+                max_tokens=MAX_TOKENS,
+                temperature=0,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            assert completion.choices[0].model_dump()["token_ids"] == tokens

@@ -11,16 +11,7 @@ from vllm_ahn.checkpoint.options import read_config, read_memory, read_options
 from vllm_ahn.checkpoint.tensors import AHNOptions, BaseShape, expected_tensors, is_ahn_tensor, unused_tensors
 from vllm_ahn.errors import AHNError
 
-_QUANTISED = {
-    "g_idx",
-    "input_scale",
-    "qweight",
-    "qzeros",
-    "scales",
-    "weight_packed",
-    "weight_scale",
-    "weight_scale_inv",
-}
+_QUANTISED = {"input_scale", "qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv"}
 """What quantisation tools put beside a layer's weight, or in its place."""
 
 
