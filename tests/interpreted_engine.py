@@ -2,7 +2,8 @@
 
 vLLM's CPU platform takes its V2 model runner as soon as it finds a Triton backend named "cpu" in the process, which
 ``interpreter.install()`` puts there; ``VLLM_AHN_TRITON=1`` then chooses the Triton core of AHN layers. All of it has to
-be in place before vLLM is imported, so every engine has a process of its own: :func:`run` starts one.
+be in place before vLLM is imported, so every engine has a process of its own: :func:`run` starts one. With several
+workers vLLM starts their processes, which import this file again as their main module.
 """
 
 import json
@@ -12,16 +13,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ in ("__main__", "__mp_main__"):
+    import interpreter
+
+    interpreter.install_for_fla()
+
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "VLLM_AHN_TRITON": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to call `prepare` in workers
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+}
+
+TWO_PROCESSES = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    # For tensor parallelism vLLM compiles a function of its embedding, with a compiler that takes the interpreter's
+    # driver for a GPU's.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
@@ -34,6 +48,7 @@ def run(
     environment: dict[str, str] | None = None,
     constants: dict[str, int] | None = None,
     warm_up: bool = False,
+    logits: Path | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Greedy continuations from an interpreted engine in a process of its own.
@@ -45,12 +60,14 @@ def run(
         max_tokens: tokens to generate for each.
         environment: variables to set beside, or instead of, :data:`ENVIRONMENT`.
         constants: values for constants of ``vllm_ahn.attention.gpu.metadata``. Smaller ones let a small batch come to
-            what only large ones do otherwise, and the interpreter finish sooner.
+            what only large ones do otherwise, and the interpreter finish sooner. For an engine in one process.
         warm_up: run the kernels' warm-up first, which the interpreter has no need of.
+        logits: a file that gets the raw logits, ``[max_tokens, vocab]`` for each prompt.
         arguments: the engine's.
 
     Returns:
-        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``, ``runner`` and ``core``, what ran.
+        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``; and for each worker in ``workers`` what ran in
+        it: ``runner``, ``core``, ``layers``, ``state_dtypes``.
     """
     job = {
         "base": str(base),
@@ -59,7 +76,8 @@ def run(
         "max_tokens": max_tokens,
         "constants": constants or {},
         "warm_up": warm_up,
-        "arguments": arguments,
+        "logits": None if logits is None else str(logits),
+        "arguments": arguments if logits is None else {"logprobs_mode": "raw_logits", **arguments},
     }
     process = subprocess.run(
         [sys.executable, __file__],
@@ -73,40 +91,52 @@ def run(
     return result
 
 
+def prepare(worker: Any, warm_up: bool) -> dict[str, Any]:
+    """Run in each worker before any request: poison its pages, say what it is."""
+    from vllm_ahn.attention import core
+    from vllm_ahn.attention.gpu import warm_up as gpu_warm_up
+    from vllm_ahn.attention.layer import AHNAttention, AHNState
+
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    for layer in layers.values():
+        if layer.kv_cache.is_floating_point():
+            layer.kv_cache.fill_(float("nan"))
+    ours = [layer for layer in layers.values() if isinstance(layer, AHNAttention)]
+    if warm_up:
+        gpu_warm_up.warm_up(ours[0])
+    runner = type(worker.model_runner)
+    states = [layer for layer in layers.values() if isinstance(layer, AHNState)]
+    return {
+        "runner": f"{runner.__module__}.{runner.__qualname__}",
+        "core": core.core().__name__ if ours else None,
+        "layers": [layer.layer_name for layer in ours],
+        "state_dtypes": sorted({str(layer.pages.columns.dtype) for layer in states if layer.pages is not None}),
+    }
+
+
 def main() -> None:
     """Do the job on standard input; the last line of standard output is the result."""
-    import interpreter
-
-    interpreter.install_for_fla()
-
+    import torch
     import vllm
 
-    from engines import engine, greedy, metric, worker_layers
-    from vllm_ahn.attention import core
+    from engines import engine, greedy, metric
     from vllm_ahn.attention.gpu import metadata as gpu_metadata
-    from vllm_ahn.attention.gpu import warm_up
-    from vllm_ahn.attention.layer import AHNAttention
 
     job = json.load(sys.stdin)
     for name, value in job["constants"].items():
         assert hasattr(gpu_metadata, name)
         setattr(gpu_metadata, name, value)
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
-        for layer in worker_layers(llm).values():
-            if layer.kv_cache.is_floating_point():
-                layer.kv_cache.fill_(float("nan"))
-        if job["warm_up"]:
-            warm_up.warm_up(next(layer for layer in worker_layers(llm).values() if isinstance(layer, AHNAttention)))
-        results = greedy(llm, job["prompts"], job["max_tokens"])
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        runner = type(worker.model_runner)
+        workers = llm.collective_rpc(prepare, args=(job["warm_up"],))
+        results = greedy(llm, job["prompts"], job["max_tokens"], logprobs=-1 if job["logits"] else None)
         result = {
             "tokens": [tokens for tokens, _ in results],
             "preemptions": metric(llm, "vllm:num_preemptions"),
             "vllm": vllm.__version__,
-            "runner": f"{runner.__module__}.{runner.__qualname__}",
-            "core": core.core().__name__ if job["ahn"] else None,
+            "workers": workers,
         }
+    if job["logits"]:
+        torch.save([logits for _, logits in results], job["logits"])
     print(json.dumps(result))
 
 

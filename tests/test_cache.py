@@ -132,6 +132,7 @@ def test_blocks_held_at_every_step(served: tuple[LLM, int, int]) -> None:
         oldest_needed = max(0, computed - window)
         needed = {i // 16 for i in range(total) if i < sinks or i >= oldest_needed}
         assert held == needed
+        assert len(held) == window_manager.spec.num_held_blocks(total, computed)
         states = state_manager.req_to_blocks.get(name, [])
         assert len(states) == (state_manager.num_pages if total > window + sinks else 0)
         most = max(most, len(held))

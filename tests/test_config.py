@@ -22,7 +22,7 @@ def test_defaults_are_the_papers() -> None:
     [
         AHNConfig("Mamba2"),
         AHNConfig("GatedDeltaNet", 24, 0, "org/repo", "main", True, True, (0, 3)),
-        AHNConfig("DeltaNet", window=1, checkpoint="/some/folder"),
+        AHNConfig("DeltaNet", window=1, checkpoint="/some/folder", state_dtype="bfloat16"),
     ],
 )
 def test_round_trip_through_json(config: AHNConfig) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from golden_data import CONFIGURATIONS, GENERATED, Golden
-from interpreted_engine import run
+from interpreted_engine import TWO_PROCESSES, run
 from vllm_ahn.reference import from_folders
 
 V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
@@ -17,7 +17,7 @@ def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) ->
     cases = [golden.case(length) for length in lengths]
     ahn = {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
     result = run(golden.base, ahn, [case.prompt.tolist() for case in cases], GENERATED, **arguments)
-    assert result["core"] == "vllm_ahn.attention.gpu.core"
+    assert {worker["core"] for worker in result["workers"]} == {"vllm_ahn.attention.gpu.core"}
     for case, tokens in zip(cases, result["tokens"], strict=True):
         assert tokens == case.tokens.tolist(), case.length
     return result
@@ -28,7 +28,7 @@ def test_all_lengths_in_one_batch(golden: Golden) -> None:
     result = continuations(
         golden, golden.lengths, block_size=16, max_num_seqs=8, constants={"QUERIES_PER_ROW": 40, "SEGMENTS": 4}
     )
-    assert result["runner"] == V2_RUNNER
+    assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER]
 
 
 def test_sinks_and_window_without_a_memory() -> None:
@@ -38,7 +38,7 @@ def test_sinks_and_window_without_a_memory() -> None:
     result = run(golden.base, setting, asked, 3, block_size=16, max_num_seqs=8)
     reference = from_folders(golden.base, "none", golden.window, golden.sinks)
     expected = [reference.generate(torch.tensor([prompt]), 3).tokens[0].tolist() for prompt in asked]
-    assert (result["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.core", expected)
+    assert (result["workers"][0]["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.core", expected)
 
 
 def test_chunks_of_64_tokens() -> None:
@@ -65,4 +65,35 @@ def test_preemption_and_stale_rows() -> None:
 def test_v1_runner() -> None:
     golden = CONFIGURATIONS["dn_qwen3"]
     result = continuations(golden, (20, 37), environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}, max_num_seqs=2)
-    assert result["runner"] != V2_RUNNER
+    assert result["workers"][0]["runner"] != V2_RUNNER
+
+
+@pytest.mark.parametrize("name", ["mamba2_qwen2", "dn_qwen3"])
+def test_two_tensor_parallel_processes(name: str) -> None:
+    """Heads, gates and states are split; Mamba2's norm is a sum over both."""
+    result = continuations(
+        CONFIGURATIONS[name],
+        (20, 37),
+        environment=TWO_PROCESSES,
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+    )
+    assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER] * 2
+
+
+def test_two_pipeline_stages() -> None:
+    """Each process has layers, weights, pages and states of its own, and metadata for them."""
+    result = continuations(
+        CONFIGURATIONS["gdn_qwen2"],
+        (20, 37),
+        environment=TWO_PROCESSES,
+        distributed_executor_backend="mp",
+        pipeline_parallel_size=2,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+    )
+    assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER] * 2
+    layers = [set(worker["layers"]) for worker in result["workers"]]
+    assert all(layers) and not set.intersection(*layers)

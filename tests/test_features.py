@@ -28,6 +28,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kv_offloading_size": 2.0}, "--kv-offloading-size 2"),
     ({"cache_dtype": "fp8_e4m3"}, "quantised KV cache.*'fp8_e4m3'"),
     ({"cache_dtype": "bfloat16", "model_dtype": "float32"}, "another dtype.*'bfloat16'.*float32"),
+    ({"mamba_cache_dtype": "float32"}, "leave out --mamba-cache-dtype float32"),
+    ({"mamba_ssm_cache_dtype": "float16"}, "state in float16: --mamba-ssm-cache-dtype is expected to be auto"),
     ({"second_source": True, "load_format": "tensorizer"}, "load format 'tensorizer'"),
     ({"second_source": True, "load_format": "bitsandbytes"}, "load format 'bitsandbytes'"),
     ({"block_size": 8}, "blocks of 8 tokens"),
@@ -57,6 +59,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
     ({"kv_offloading_size": 1}, "KV offloading"),
     ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
+    ({"mamba_cache_dtype": "bfloat16"}, "--mamba-cache-dtype bfloat16"),
+    ({"mamba_ssm_cache_dtype": "float16"}, "--mamba-ssm-cache-dtype"),
     ({"load_format": "sharded_state"}, "load format 'sharded_state'"),
     ({"block_size": 8}, "blocks of 8 tokens"),
     ({"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
@@ -94,6 +98,8 @@ def test_refused(change: dict[str, Any], pattern: str) -> None:
         {"block_size": 128},
         {"cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
         {"base_cache": "kv_cache_scheme of x", "cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
+        {"mamba_ssm_cache_dtype": "float32"},
+        {"mamba_ssm_cache_dtype": "bfloat16"},
         {"second_source": True, "load_format": "dummy"},
         {"load_format": "sharded_state"},  # of a merged model, which has no second source
         {"runner": "auto", "convert": "auto"},
@@ -153,6 +159,22 @@ def test_every_ahn_model_has_the_hook() -> None:
     assert all("AHN" in MODELS_CONFIG_MAP[architecture].__name__ for architecture in MODEL_CLASSES)
 
 
+@pytest.mark.parametrize(("flag", "dtype"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_the_flag_for_the_state_reaches_the_configuration(tiny: TinyPaths, flag: str, dtype: str) -> None:
+    """By the AHN's own setting: on some CPUs vLLM resets its own to float32."""
+    args = engine_args(tiny, mamba_ssm_cache_dtype=flag)
+    for _ in range(2):
+        assert args.create_engine_config().additional_config["ahn"]["state_dtype"] == dtype
+
+
+def test_the_flag_for_the_state_may_not_contradict_a_resolved_setting(tiny: TinyPaths) -> None:
+    args = engine_args(tiny, mamba_ssm_cache_dtype="bfloat16")
+    args.create_engine_config()
+    args.mamba_ssm_cache_dtype = "float32"
+    with pytest.raises(AHNError, match=r"'state_dtype': 'bfloat16'.*expected.*'state_dtype': 'float32'"):
+        args.create_engine_config()
+
+
 def test_the_block_size_that_the_platform_chooses_is_accepted(tiny: TinyPaths) -> None:
     config = engine_args(tiny).create_engine_config()
     assert config.cache_config.block_size in features.BLOCK_SIZES
@@ -167,7 +189,7 @@ def test_load_formats_are_those_of_the_default_loader() -> None:
 
 
 def test_wanted_reads_every_field_from_both_sides(tiny: TinyPaths) -> None:
-    args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32")
+    args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32", mamba_ssm_cache_dtype="float32")
     config = args.create_engine_config()
     ours, theirs = Wanted.from_engine_args(args), Wanted.from_vllm_config(config)
     decided = {"model_dtype": "float32", "runner": "generate", "convert": "none"}

@@ -24,6 +24,9 @@ MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
 NO_MEMORY = "none"
 """In place of a checkpoint, asks for sinks and window alone: the baseline that shows what a memory adds."""
 
+STATE_DTYPES = ("float32", "bfloat16")
+"""Dtypes, by their names in PyTorch, in which the memory's state can be kept; the first is the default."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AHNConfig:
@@ -56,6 +59,9 @@ class AHNConfig:
     full_attention_layers: tuple[int, ...] = ()
     """Layers, ascending from 0, that keep plain full attention (``fa_layer_ids``)."""
 
+    state_dtype: str = STATE_DTYPES[0]
+    """In which dtype the memory's state is kept between steps: one of `STATE_DTYPES`. Arithmetic is float32."""
+
     def __post_init__(self) -> None:
         if self.memory is not None and self.memory not in MEMORIES:
             raise AHNError(f"ahn: memory is {self.memory!r}, expected one of {', '.join(MEMORIES)}, or None")
@@ -75,6 +81,8 @@ class AHNConfig:
                 raise AHNError(f"ahn: {name} is {getattr(self, name)!r}, expected true or false")
         if self.use_q_proj and self.memory != "GatedDeltaNet":
             raise AHNError(f"ahn: use_q_proj is for GatedDeltaNet only, but memory is {self.memory}")
+        if self.state_dtype not in STATE_DTYPES:
+            raise AHNError(f"ahn: state_dtype is {self.state_dtype!r}, expected one of {', '.join(STATE_DTYPES)}")
         layers = self.full_attention_layers
         if not isinstance(layers, tuple) or not all(_is_int(n) and n >= 0 for n in layers):
             raise AHNError(f"ahn: full_attention_layers is {layers!r}, expected a tuple of layer numbers from 0")
@@ -89,7 +97,8 @@ class AHNConfig:
     def describe(self, base: str) -> str:
         """The configuration in a line, for messages; `base` is where a merged memory comes from."""
         memory = f"{self.memory} from {self.checkpoint or base}" if self.memory else "no memory"
-        return f"{memory}, window {self.window}, sinks {self.sinks}"
+        state = "" if self.state_dtype == STATE_DTYPES[0] else f", state in {self.state_dtype}"
+        return f"{memory}, window {self.window}, sinks {self.sinks}{state}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names; `from_dict` gives the same config back."""

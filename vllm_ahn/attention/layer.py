@@ -15,10 +15,11 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
 from vllm_ahn.attention.core import core
 from vllm_ahn.attention.op import ahn_attention, encode_layer_name
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
-from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
+from vllm_ahn.cache.layer import LayerSizes, layer_specs, state_layout, window_layout
+from vllm_ahn.cache.page import StatePages, WindowPages
+from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
-from vllm_ahn.memory import MEMORY_CLASSES, Memory, Router
+from vllm_ahn.memory import Memory, Router
 
 Pages = TypeVar("Pages", WindowPages, StatePages)
 
@@ -147,42 +148,38 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         )
         return output
 
-    def window_layout(self, block_size: int, dtype: torch.dtype) -> WindowPageLayout:
-        # Layers without a memory take the same pages as the others, so that all share a group.
-        num_gates = 0 if self.config.memory is None else MEMORY_CLASSES[self.config.memory].num_gates
-        return WindowPageLayout(
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            gates_per_kv_head=num_gates * self.num_heads // self.num_kv_heads,
-            block_size=block_size,
-            dtype=dtype,
+    @property
+    def sizes(self) -> LayerSizes:
+        return LayerSizes(self.num_heads, self.num_kv_heads, self.head_size)
+
+    def specs(self, vllm_config: VllmConfig) -> tuple[AHNWindowSpec, AHNStateSpec | None]:
+        """The specs of both memories; the second is None where there is no memory."""
+        return layer_specs(
+            self.config,
+            self.sizes,
+            block_size=vllm_config.cache_config.block_size,
+            dtype=vllm_config.model_config.dtype,
+            vllm_config=vllm_config,
         )
 
     def get_attn_backend(self) -> type[AHNWindowBackend]:
         return AHNWindowBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AHNWindowSpec:
-        return window_spec(
-            self.window_layout(vllm_config.cache_config.block_size, vllm_config.model_config.dtype),
-            window=self.config.window,
-            sinks=self.config.sinks,
-            retain_all=bool(self.config.full_attention_layers),
-            vllm_config=vllm_config,
-        )
+        return self.specs(vllm_config)[0]
 
     def bound(self) -> None:
         if self.memory is not None and self.state is not None and self.state.pages is not None:
             core().warm_up_once(self)
 
     def view_pages(self, kv_cache: torch.Tensor) -> WindowPages:
-        return WindowPages(kv_cache, self.window_layout(kv_cache.shape[2], kv_cache.dtype))
+        return WindowPages(kv_cache, window_layout(self.config, self.sizes, kv_cache.shape[2], kv_cache.dtype))
 
 
 class AHNState(PagedLayer[StatePages]):
     """The compressed memory's place among vLLM's layers: a name, a spec, and the pages."""
 
     def __init__(self, window_layer: AHNAttention, prefix: str) -> None:
-        self.num_heads = window_layer.num_heads
         self._window_layer = window_layer
         self.register(prefix)
 
@@ -190,15 +187,9 @@ class AHNState(PagedLayer[StatePages]):
         return AHNStateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AHNStateSpec:
-        window_layout = self._window_layer.window_layout(
-            vllm_config.cache_config.block_size, vllm_config.model_config.dtype
-        )
-        return state_spec(
-            self._state_layout(window_layout.page_bytes),
-            block_size=window_layout.block_size,
-            dtype=window_layout.dtype,
-            capacity=self._window_layer.config.capacity,
-        )
+        spec = self._window_layer.specs(vllm_config)[1]
+        assert spec is not None
+        return spec
 
     def bound(self) -> None:
         if self._window_layer.pages is not None:
@@ -206,7 +197,4 @@ class AHNState(PagedLayer[StatePages]):
 
     def view_pages(self, kv_cache: torch.Tensor) -> StatePages:
         page_bytes = kv_cache[0].numel() * kv_cache.element_size()
-        return StatePages(kv_cache, self._state_layout(page_bytes))
-
-    def _state_layout(self, page_bytes: int) -> StatePageLayout:
-        return StatePageLayout(self.num_heads, self._window_layer.head_size, page_bytes)
+        return StatePages(kv_cache, state_layout(self._window_layer.config, self._window_layer.sizes, page_bytes))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -21,26 +20,19 @@ class AHNWindowManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: AHNWindowSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.window = kv_cache_spec.window
-        self.sink_blocks = cdiv(kv_cache_spec.sinks, self.block_size)
-        self.retain_all = kv_cache_spec.retain_all
+        self.spec = kv_cache_spec
         # vLLM sets this cap for its own recycling specs only. Without it the scheduler would not admit a prompt that is
         # longer than the pool, although it never holds all of it.
         self.max_admission_blocks_per_request = (
-            None if self.retain_all else kv_cache_spec.max_admission_blocks_per_request(2**62)
+            None if kv_cache_spec.retain_all else kv_cache_spec.max_admission_blocks_per_request(2**62)
         )
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free the blocks that lie wholly inside ``[S, n - W)`` once ``n`` tokens are computed.
-
-        Token ``n - W`` itself is still needed: the next step absorbs it.
-        """
-        if self.retain_all:
-            return
-        first_kept = max(0, processed_computed_tokens - self.window) // self.block_size
-        self._remove_blocks_in_range(request_id, self.sink_blocks, first_kept)
+        """Free the blocks that lie wholly inside ``[S, n - W)`` once ``n`` tokens are computed."""
+        first_kept = self.spec.first_kept_block(processed_computed_tokens)
+        self._remove_blocks_in_range(request_id, self.spec.sink_blocks, first_kept)
 
     @classmethod
     def find_longest_cache_hit(
@@ -107,13 +99,11 @@ class AHNStateManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: AHNStateSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.capacity = kv_cache_spec.capacity
+        self.spec = kv_cache_spec
         self.num_pages = kv_cache_spec.num_pages
 
     def _num_missing_pages(self, request_id: str, num_tokens: int) -> int:
-        if num_tokens <= self.capacity:
-            return 0
-        return self.num_pages - len(self.req_to_blocks.get(request_id, ()))
+        return max(0, self.spec.num_held_blocks(num_tokens) - len(self.req_to_blocks.get(request_id, ())))
 
     def get_num_blocks_to_allocate(
         self,

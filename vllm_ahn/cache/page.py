@@ -87,6 +87,12 @@ class StatePageLayout:
     """Rows of a column (``D_k``) and columns of a head (``D_v``)."""
     page_bytes: int
     dtype: torch.dtype = torch.float32
+    """In which states are kept: what is written is rounded to it, and what is read is float32 again."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of one request, without what is left over in its last page."""
+        return self.num_heads * self.head_size**2 * self.dtype.itemsize
 
     @property
     def columns_per_page(self) -> int:

@@ -40,6 +40,24 @@ class AHNWindowSpec(_OwnGroup):
         """Tokens that a sequence may have before the compressed memory is used."""
         return self.window + self.sinks
 
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks that hold sinks; they are never given back."""
+        return cdiv(self.sinks, self.block_size)
+
+    def first_kept_block(self, num_settled_tokens: int) -> int:
+        """First block of the window, once so many tokens are computed and no step that began with fewer is in flight.
+
+        Blocks between the sinks' and this one lie wholly inside ``[S, n - W)`` and are given back. Token ``n - W``
+        itself is still needed: the next step absorbs it.
+        """
+        return 0 if self.retain_all else max(0, num_settled_tokens - self.window) // self.block_size
+
+    def num_held_blocks(self, num_tokens: int, num_settled_tokens: int) -> int:
+        """Blocks of a request that has ``num_tokens``, in flight or settled, when blocks were last given back."""
+        given_back = max(0, self.first_kept_block(num_settled_tokens) - self.sink_blocks)
+        return cdiv(num_tokens, self.block_size) - given_back
+
     def max_admission_blocks_per_request(self, max_model_len: int) -> int:
         """Most blocks one request ever holds.
 
@@ -49,9 +67,8 @@ class AHNWindowSpec(_OwnGroup):
         all_blocks = cdiv(max_model_len, self.block_size)
         if self.retain_all:
             return all_blocks
-        kept = cdiv(self.sinks, self.block_size)
         moving = cdiv(self.window + self.max_in_flight_tokens, self.block_size) + 1
-        return min(kept + moving, all_blocks)
+        return min(self.sink_blocks + moving, all_blocks)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return self.max_admission_blocks_per_request(vllm_config.model_config.max_model_len) * self.page_size_bytes
@@ -74,9 +91,12 @@ class AHNStateSpec(_OwnGroup):
     def uses_slot_mapping(self) -> bool:
         return False
 
+    def num_held_blocks(self, num_tokens: int) -> int:
+        """Pages of a request with ``num_tokens``, in flight or settled."""
+        return self.num_pages if num_tokens > self.capacity else 0
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        has_state = vllm_config.model_config.max_model_len > self.capacity
-        return self.num_pages * self.page_size_bytes if has_state else 0
+        return self.num_held_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # The V1 model runner computes a slot mapping for every attention group, this one included, and indexes its

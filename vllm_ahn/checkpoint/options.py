@@ -18,14 +18,20 @@ LAYER_IMPLEMENTATIONS = {"Qwen2MemDecoderLayer": "qwen2", "Qwen3MemDecoderLayer"
 def read_config(folder: pathlib.Path, label: str) -> dict[str, Any]:
     """The ``config.json`` in `folder`. Raises `AHNError`, with `label` for the folder, if there is none to be
     read."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise AHNError(f"{label}: no config.json in it, expected the folder or repository of a checkpoint")
+    return read_config_file(path, f"{label}/config.json")
+
+
+def read_config_file(path: pathlib.Path, label: str) -> dict[str, Any]:
+    """The configuration in the file `path`. Raises `AHNError`, with `label` for the file, if it is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AHNError(f"{label}: no config.json in it, expected the folder or repository of a checkpoint") from None
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
-        raise AHNError(f"{label}/config.json: not readable, expected a JSON object") from None
+        raise AHNError(f"{label}: not readable, expected a JSON object") from None
     if not isinstance(config, dict):
-        raise AHNError(f"{label}/config.json: holds {type(config).__name__}, expected a JSON object")
+        raise AHNError(f"{label}: holds {type(config).__name__}, expected a JSON object")
     return config
 
 

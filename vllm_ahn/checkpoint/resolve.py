@@ -22,6 +22,7 @@ from vllm_ahn.config import (
     DEFAULT_SINKS,
     DEFAULT_WINDOW,
     NO_MEMORY,
+    STATE_DTYPES,
     AHNConfig,
     check_sinks,
     check_window,
@@ -44,6 +45,7 @@ class _Request:
     revision: str | None
     window: int | None
     sinks: int | None
+    state_dtype: str = STATE_DTYPES[0]
 
     @property
     def no_memory(self) -> bool:
@@ -56,26 +58,33 @@ def looks_merged(base_config: Any) -> bool:
 
 
 def resolve(
-    setting: object, *, base: str, base_revision: str | None, base_config: Any, load_format: str = "auto"
+    setting: object,
+    *,
+    base: str,
+    base_revision: str | None,
+    base_config: Any,
+    load_format: str = "auto",
+    state_dtype: str = STATE_DTYPES[0],
 ) -> AHNConfig | None:
     """The configuration to serve `base` with, every part of it checked, or None for a base without AHN.
 
     `setting` is ``additional_config["ahn"]``: None, ``"CKPT"``, ``"CKPT@REVISION"``, or a dict with any of
     ``checkpoint``, ``window`` and ``sinks``, where the checkpoint "none" means sinks and window alone; also
     the dict that `AHNConfig.to_dict` made of an earlier answer, which gives that answer again. `base` is a
-    folder or hub repository, `base_config` its Hugging Face config, `load_format` vLLM's. A base whose config
-    has ``_ahn_implementation`` is merged and takes no checkpoint but "none".
+    folder or hub repository, `base_config` its Hugging Face config, `load_format` vLLM's, `state_dtype` one of
+    `STATE_DTYPES`. A base whose config has ``_ahn_implementation`` is merged and takes no checkpoint but "none".
 
     Raises `AHNError`, one sentence, for everything that cannot be served.
     """
     if isinstance(setting, Mapping) and {"memory", "window", "sinks"} <= setting.keys():
-        return _resolve_again(AHNConfig.from_dict(setting), base, base_revision, base_config, load_format)
+        return _resolve_again(AHNConfig.from_dict(setting), base, base_revision, base_config, load_format, state_dtype)
     request = _parse_setting(setting)
     merged = looks_merged(base_config)
     if request is None:
         if not merged:
             return None
         request = _Request(None, None, None, None)
+    request = dataclasses.replace(request, state_dtype=state_dtype)
     if request.checkpoint is None and not merged:
         given = [f"--ahn-{name}" for name in ("window", "sinks") if getattr(request, name) is not None]
         what = f"{' and '.join(given)} without --ahn" if given else "no checkpoint in the setting"
@@ -123,18 +132,25 @@ def _parse_setting(setting: object) -> _Request | None:
 
 
 def _resolve_again(
-    config: AHNConfig, base: str, base_revision: str | None, base_config: Any, load_format: str
+    config: AHNConfig, base: str, base_revision: str | None, base_config: Any, load_format: str, state_dtype: str
 ) -> AHNConfig:
     # A process resolves several times on its way to an engine. What it resolved itself stands; a dict from
     # elsewhere, say copied out of a log, may be for another base and is checked like any other setting.
-    if _key(config, base, base_revision, load_format) in _RESOLVED:
+    if config.state_dtype == state_dtype and _key(config, base, base_revision, load_format) in _RESOLVED:
         return config
     setting: dict[str, object] = {"window": config.window, "sinks": config.sinks}
     if config.memory is None:
         setting["checkpoint"] = NO_MEMORY
     elif config.checkpoint is not None:
         setting["checkpoint"] = f"{config.checkpoint}@{config.revision}" if config.revision else config.checkpoint
-    found = resolve(setting, base=base, base_revision=base_revision, base_config=base_config, load_format=load_format)
+    found = resolve(
+        setting,
+        base=base,
+        base_revision=base_revision,
+        base_config=base_config,
+        load_format=load_format,
+        state_dtype=state_dtype,
+    )
     if found != config:
         raise AHNError(f"ahn: is {config.to_dict()}, expected {found.to_dict() if found else None} for {base}")
     return config
@@ -208,6 +224,7 @@ def _config(request: _Request, checkpoint: Checkpoint) -> AHNConfig:
         use_q_proj=checkpoint.options.use_q_proj,
         use_router=checkpoint.options.use_router,
         full_attention_layers=checkpoint.options.full_attention_layers,
+        state_dtype=request.state_dtype,
     )
 
 

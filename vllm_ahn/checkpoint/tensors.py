@@ -40,7 +40,7 @@ class BaseShape:
         if not isinstance(model_type, str) or not model_type:
             raise AHNError(f"{label}: model_type is {_shown(model_type)}, expected the name of a model type")
         layers, hidden, heads, kv_heads = (
-            _positive(hf_config, name, label)
+            positive_field(hf_config, name, label)
             for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
         )
         if heads % kv_heads:
@@ -48,7 +48,7 @@ class BaseShape:
                 f"{label}: num_attention_heads is {heads}, expected a multiple of num_key_value_heads, {kv_heads}"
             )
         if _field(hf_config, "head_dim") not in (None, _MISSING):
-            head_dim = _positive(hf_config, "head_dim", label)
+            head_dim = positive_field(hf_config, "head_dim", label)
         elif model_type in _HEAD_DIMS:
             head_dim = _HEAD_DIMS[model_type]
         elif hidden % heads:
@@ -171,7 +171,8 @@ def _field(hf_config: Any, name: str) -> Any:
     return getattr(hf_config, name, _MISSING)
 
 
-def _positive(hf_config: Any, name: str, label: str) -> int:
+def positive_field(hf_config: Any, name: str, label: str) -> int:
+    """Field `name` of a config (a mapping or an object), a whole number of at least 1, else raises `AHNError`."""
     value = _field(hf_config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise AHNError(f"{label}: {name} is {_shown(value)}, expected a positive whole number")

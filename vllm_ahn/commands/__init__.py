@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_ahn import __version__, tiny
-from vllm_ahn.commands import doctor, inspect, tasks
+from vllm_ahn.commands import cost, doctor, inspect, tasks
 from vllm_ahn.errors import AHNError
 
 _COMMANDS = (
@@ -17,6 +17,7 @@ _COMMANDS = (
         inspect,
         "describe an AHN checkpoint: memory, shapes, parameters, base, and what serving would use",
     ),
+    ("cost", cost, "say what long sequences cost, with AHN and without: FLOPs and cache"),
     ("tasks", tasks, "print the folder of the evaluation tasks, for lm-eval's --include_path"),
     ("make-tiny", tiny, "write a small random base model with tokenizer, and an AHN checkpoint for it"),
 )

@@ -10,6 +10,7 @@ import shutil
 from importlib import metadata
 
 from vllm_ahn import __version__, plugin
+from vllm_ahn.commands.quiet import quiet_vllm
 from vllm_ahn.plugin import compat
 
 DISTRIBUTIONS = (
@@ -52,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 if anything is broken, else 0."""
-    # vLLM's own messages belong to a server's log. Asked for by name, they are shown.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    quiet_vllm()
     report = examine()
     print("\n".join(report.lines))
     print()

@@ -97,6 +97,7 @@ def resolve(args: EngineArgs) -> tuple[AHNConfig, Any] | None:
         base_revision=args.revision,
         base_config=base_config,
         load_format=str(args.load_format),
+        state_dtype=features.state_dtype(args.mamba_ssm_cache_dtype),
     )
     if config is None:
         return None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_ahn.checkpoint import LOAD_FORMATS
-from vllm_ahn.config import NO_MEMORY
+from vllm_ahn.config import NO_MEMORY, STATE_DTYPES
 from vllm_ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Wanted:
     """Where the base's config.json asks for a quantised KV cache, which "auto" would then mean."""
     model_dtype: str | None = None
     """The model's dtype, None while it is open."""
+    mamba_cache_dtype: str = "auto"
+    mamba_ssm_cache_dtype: str = "auto"
     block_size: int | None = None
     """Tokens, None for vLLM's choice."""
     disable_hybrid_kv_cache_manager: bool = False
@@ -71,6 +73,8 @@ class Wanted:
             kv_connector=None if connector is None else _connector_name(connector),
             kv_offloading_size=args.kv_offloading_size,
             cache_dtype=_text(args.kv_cache_dtype),
+            mamba_cache_dtype=_text(args.mamba_cache_dtype),
+            mamba_ssm_cache_dtype=_text(args.mamba_ssm_cache_dtype),
             block_size=args.block_size,
             disable_hybrid_kv_cache_manager=bool(args.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=args.kv_sharing_fast_prefill,
@@ -97,6 +101,8 @@ class Wanted:
             cache_dtype=_text(cache.cache_dtype),
             base_cache=_quantised_cache(model.hf_config),
             model_dtype=str(model.dtype).removeprefix("torch."),
+            mamba_cache_dtype=_text(cache.mamba_cache_dtype),
+            mamba_ssm_cache_dtype=_text(cache.mamba_ssm_cache_dtype),
             # Until the platform has chosen, this holds vLLM's generic default, which says nothing.
             block_size=cache.block_size if cache.user_specified_block_size else None,
             disable_hybrid_kv_cache_manager=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
@@ -153,6 +159,16 @@ def refusals(wanted: Wanted) -> Iterator[str]:
         yield (
             "AHN does not work with a KV cache of another dtype than the model's yet: --kv-cache-dtype is "
             f"{wanted.cache_dtype!r} and the model is {wanted.model_dtype}, expected 'auto'"
+        )
+    if wanted.mamba_cache_dtype != "auto":
+        yield (
+            "AHN's state is the only recurrent one that it keeps: leave out --mamba-cache-dtype "
+            f"{wanted.mamba_cache_dtype}, and choose the state's dtype by --mamba-ssm-cache-dtype"
+        )
+    if wanted.mamba_ssm_cache_dtype not in ("auto", *STATE_DTYPES):
+        yield (
+            f"AHN does not keep its state in {wanted.mamba_ssm_cache_dtype}: --mamba-ssm-cache-dtype is expected to "
+            f"be auto (which is {STATE_DTYPES[0]}) or one of {', '.join(STATE_DTYPES)}"
         )
     if wanted.second_source and wanted.load_format not in LOAD_FORMATS:
         yield (
@@ -215,6 +231,15 @@ def install() -> None:
 
     for architecture in MODEL_CLASSES:
         MODELS_CONFIG_MAP[architecture] = AHNModelConfig
+
+
+def state_dtype(mamba_ssm_cache_dtype: str) -> str:
+    """The `AHNConfig.state_dtype` that vLLM's ``--mamba-ssm-cache-dtype`` asks for.
+
+    The AHN's own configuration carries it from here on: vLLM's CPU platform, not knowing this model's state, resets the
+    flag on some CPUs.
+    """
+    return STATE_DTYPES[0] if mamba_ssm_cache_dtype == "auto" else mamba_ssm_cache_dtype
 
 
 def ahn_setting(additional_config: Any) -> Any:
