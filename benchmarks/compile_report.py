@@ -26,7 +26,10 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kernel_cases.own_attention import paged_attention
+
 from vllm_ahn.kernels.cache_write import write_window_pages
+from vllm_ahn.kernels.compaction import compact_block_table, compact_width
 from vllm_ahn.kernels.decode_memory import decode_memory, decode_rows
 from vllm_ahn.kernels.gates import NUM_GATES
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
@@ -137,6 +140,18 @@ Case = tuple[str, Callable[[], None]]
 def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> Iterator[Case]:
     """What is launched for layers of 16 heads in groups of 8, with its name."""
     yield "any", lambda: decode_rows(_indices(33), _indices(32), 32768, _indices(32))
+    for block_size in (16, 32):
+        for requests in (None, _indices(TOKENS)):
+            name = "a row a request" if requests is None else "rows of requests"
+            for how, rearrange in (("rearranged", True), ("masked", False)):
+                yield f"blocks of {block_size}, {name}, {how}", _compact(block_size, requests, rearrange)
+    if 128 in head_sizes:
+        for group in (5, 8):
+            for segments in (1, 16):
+                for window in (None, 32640):
+                    kind = "chunk" if segments == 1 else "split decode"
+                    case = f"benchmark's attention, D=128 group {group}, {kind}, {'window' if window else 'full'}"
+                    yield case, _attention(group, segments, window)
     for head_size in head_sizes:
         for state_dtype in (torch.float32, torch.bfloat16):
             yield f"D={head_size} state {str(state_dtype).removeprefix('torch.')}", _states(head_size, state_dtype)
@@ -147,10 +162,15 @@ def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] 
                     state = str(state_dtype).removeprefix("torch.")
                     yield f"D={head_size} {name} {memory} state {state}", _decode(head_size, dtype, memory, state_dtype)
                 yield f"D={head_size} {name} {memory}", _gather(head_size, dtype, memory)
-            yield f"D={head_size} {name}", _write(head_size, dtype)
+            for num_gates in (0, 1, 2):
+                yield f"D={head_size} {name} {num_gates} gates", _write(head_size, dtype, num_gates)
             for all_heads in (False, True):
-                case = f"D={head_size} {name} norm over {'all heads' if all_heads else 'a head'}"
-                yield case, _read_out(head_size, dtype, all_heads)
+                for routed in (False, True):
+                    for read_dtype in (torch.float32, dtype):  # of decodes and of chunks
+                        norm = f"norm over {'all heads' if all_heads else 'a head'}{', router' if routed else ''}"
+                        read = str(read_dtype).removeprefix("torch.")
+                        case = f"D={head_size} {name} of {read} {norm}"
+                        yield case, _read_out(head_size, dtype, read_dtype, all_heads, routed)
 
 
 HEADS, KV_HEADS, GROUP, BLOCK_SIZE, TOKENS = 16, 2, 8, 16, 32
@@ -205,20 +225,65 @@ def _states(head_size: int, state_dtype: torch.dtype) -> Callable[[], None]:
     return launch
 
 
-def _write(head_size: int, dtype: torch.dtype) -> Callable[[], None]:
+def _write(head_size: int, dtype: torch.dtype, num_gates: int) -> Callable[[], None]:
     def launch() -> None:
         qkv = _empty(TOKENS, HEADS + 2 * KV_HEADS, head_size, dtype=dtype)
         _, key, value = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-        gates = _empty(TOKENS, HEADS, 2)
+        gates = _empty(TOKENS, HEADS, num_gates) if num_gates else None
         slots = _indices(TOKENS, dtype=torch.int64)
-        write_window_pages(key, value, gates, slots, *_window_pages(KV_HEADS, head_size, 2 * GROUP, BLOCK_SIZE, dtype))
+        pages = _window_pages(KV_HEADS, head_size, max(num_gates, 1) * GROUP, BLOCK_SIZE, dtype)
+        write_window_pages(key, value, gates, slots, *pages)
 
     return launch
 
 
-def _read_out(head_size: int, dtype: torch.dtype, all_heads: bool) -> Callable[[], None]:
+def _compact(block_size: int, requests: torch.Tensor | None, rearrange: bool) -> Callable[[], None]:
     def launch() -> None:
-        o, z, rows = _empty(TOKENS, HEADS, head_size), _empty(TOKENS, HEADS), _indices(TOKENS)
+        width = compact_width(32640, 128, block_size, 1024)
+        compact_block_table(
+            _indices(TOKENS, 131072 // block_size),
+            requests,
+            _indices(TOKENS + 1),
+            _indices(TOKENS),
+            window=32640,
+            sinks=128,
+            block_size=block_size,
+            rearrange=rearrange,
+            compact_table=_indices(TOKENS, width),
+            compact_lens=_indices(TOKENS),
+        )
+
+    return launch
+
+
+def _attention(groups: int, segments: int, window: int | None) -> Callable[[], None]:
+    def launch() -> None:
+        queries = 1024 if segments == 1 else 1
+        kv_heads, head_size = 4, 128
+        pages = _window_pages(kv_heads, head_size, groups, BLOCK_SIZE, torch.bfloat16)
+        query = _empty(TOKENS, kv_heads * groups, head_size, dtype=torch.bfloat16)
+        paged_attention(
+            query,
+            *pages[:2],
+            torch.empty_like(query),
+            _indices(TOKENS + 1),
+            _indices(TOKENS),
+            _indices(TOKENS, 4096),
+            max_query_len=queries,
+            window=window,
+            sinks=128,
+            scale=0.1,
+            segments=segments,
+        )
+
+    return launch
+
+
+def _read_out(
+    head_size: int, dtype: torch.dtype, read_dtype: torch.dtype, all_heads: bool, routed: bool
+) -> Callable[[], None]:
+    def launch() -> None:
+        o, z, rows = _empty(TOKENS, HEADS, head_size, dtype=read_dtype), _empty(TOKENS, HEADS), _indices(TOKENS)
         squares = _empty(TOKENS) if all_heads else None
         if squares is not None:
             gated_squares(o, z, rows, squares)
@@ -231,6 +296,7 @@ def _read_out(head_size: int, dtype: torch.dtype, all_heads: bool) -> Callable[[
             _empty(TOKENS, HEADS, head_size, dtype=dtype),
             squares=squares,
             norm_size=HEADS * head_size if all_heads else None,
+            router=_empty(TOKENS, HEADS) if routed else None,
         )
 
     return launch
@@ -239,7 +305,7 @@ def _read_out(head_size: int, dtype: torch.dtype, all_heads: bool) -> Callable[[
 def report(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
     """Compile cases for targets and print a table, one line a kernel."""
     print(f"torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{'kernel':24} {'case':48} {'target':7} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>6}")
+    print(f"{'kernel':24} {'case':68} {'target':7} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>6}")
     results = []
     for case, launch in todo:
         for target in targets:
@@ -247,7 +313,7 @@ def report(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
                 launch()
             for result in (resources(kernel, case, target) for kernel in compiled):
                 print(
-                    f"{result.kernel:24} {result.case:48} {result.target:7} {result.warps:5} {result.registers:9} "
+                    f"{result.kernel:24} {result.case:68} {result.target:7} {result.warps:5} {result.registers:9} "
                     f"{result.spills:6} {result.shared:6}",
                     flush=True,
                 )

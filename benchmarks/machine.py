@@ -5,21 +5,29 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("vllm", "torch", "flash-linear-attention")
+PACKAGES = ("vllm", "torch", "triton", "flash-linear-attention")
 
 
 def describe() -> dict[str, Any]:
     """Processor, usable cores and versions, for the head of a result."""
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": f"Python {platform.python_version()}, {versions}",
         "system": f"{sys.platform} {platform.machine()}",
     }
+
+
+def version_of(name: str) -> str:
+    """The version of an installed distribution, or "not installed"."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def cpu_name() -> str:

@@ -14,9 +14,7 @@ that another program has pushed aside. Writes ``results/serving-cpu.json`` and `
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -26,9 +24,12 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
-from engine_process import Answer, EngineProcess, Throughput
+from engine_process import EngineProcess
 from machine import describe
+from prompts import prompt
+from stepped_engine import Answer, Throughput
 
 from vllm_ahn.tiny import TinyPaths, make_tiny
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="without vLLM's default compilation")
     parser.add_argument("--profile", action="store_true", help="print where decode steps spend their time, and stop")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "serving-cpu")
+    parser.add_argument("--output", type=Path, default=report.FOLDER / "serving-cpu")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
@@ -78,7 +79,7 @@ def main() -> None:
             base.close()
             ahn.close()
     result = {
-        "command": " ".join(["python benchmarks/serving.py", *sys.argv[1:]]),
+        "command": report.command(),
         "machine": describe(),
         "threads": args.threads,
         "dtype": args.dtype,
@@ -89,10 +90,7 @@ def main() -> None:
         "summary": summarise(repetitions),
         "repetitions": repetitions,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
+    report.write(args.output, result, table(result))
 
 
 def engines(paths: TinyPaths, args: argparse.Namespace) -> tuple[EngineProcess, EngineProcess]:
@@ -110,11 +108,6 @@ def engines(paths: TinyPaths, args: argparse.Namespace) -> tuple[EngineProcess, 
     setting = {"checkpoint": str(paths.ahn), "window": WINDOW, "sinks": SINKS}
     base = EngineProcess(common, args.threads)
     return base, EngineProcess({**common, "additional_config": {"ahn": setting}}, args.threads)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    """Random tokens that have a text."""
-    return random.Random(f"{seed} {length}").choices(range(60000), k=length)
 
 
 def verify(base: EngineProcess, ahn: EngineProcess, paths: TinyPaths) -> dict[str, Any]:

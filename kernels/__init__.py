@@ -1,8 +1,8 @@
 """Kernels: the compressed memory's recurrence in torch, and Triton's for everything an AHN layer does on a GPU.
 
 What is exported here is the recurrence, three ways: token loop, one token a sequence, chunk-parallel. The Triton
-kernels (`cache_write`, `decode_memory`, `prefill_gather`, `read_out`) are imported by name, where Triton is. All
-compute, for one sequence and one query head (``M`` is ``[Dk, Dv]``):
+kernels (`cache_write`, `compaction`, `decode_memory`, `prefill_gather`, `read_out`) are imported by name, where Triton
+is. All compute, for one sequence and one query head (``M`` is ``[Dk, Dv]``):
 
     M <- exp(g) M;   u = b (v - (M^T k if delta else 0));   M <- M + k u^T;   o = scale * M^T q
 

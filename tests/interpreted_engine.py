@@ -6,6 +6,7 @@ be in place before vLLM is imported, so every engine has a process of its own: :
 workers vLLM starts their processes, which import this file again as their main module.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -49,6 +50,7 @@ def run(
     constants: dict[str, int] | None = None,
     warm_up: bool = False,
     logits: Path | None = None,
+    flash_version: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Greedy continuations from an interpreted engine in a process of its own.
@@ -59,15 +61,17 @@ def run(
         prompts: token prompts, all submitted at once.
         max_tokens: tokens to generate for each.
         environment: variables to set beside, or instead of, :data:`ENVIRONMENT`.
-        constants: values for constants of ``vllm_ahn.attention.gpu.metadata``. Smaller ones let a small batch come to
-            what only large ones do otherwise, and the interpreter finish sooner. For an engine in one process.
+        constants: values for constants of modules in ``vllm_ahn.attention.gpu``, by "module.NAME". Smaller ones let a
+            small batch come to what only large ones do otherwise, and the interpreter finish sooner. For an engine in
+            one process.
         warm_up: run the kernels' warm-up first, which the interpreter has no need of.
         logits: a file that gets the raw logits, ``[max_tokens, vocab]`` for each prompt.
+        flash_version: attend by an emulated FlashAttention of this version, which knows float32 too.
         arguments: the engine's.
 
     Returns:
-        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``; and for each worker in ``workers`` what ran in
-        it: ``runner``, ``core``, ``layers``, ``state_dtypes``.
+        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``; for each worker in ``workers`` what ran in it:
+        ``runner``, ``core``, ``layers``, ``state_dtypes``; ``flash_calls``, see ``flash_emulation.calls``.
     """
     job = {
         "base": str(base),
@@ -77,6 +81,7 @@ def run(
         "constants": constants or {},
         "warm_up": warm_up,
         "logits": None if logits is None else str(logits),
+        "flash_version": flash_version,
         "arguments": arguments if logits is None else {"logprobs_mode": "raw_logits", **arguments},
     }
     process = subprocess.run(
@@ -119,13 +124,21 @@ def main() -> None:
     import torch
     import vllm
 
+    import flash_emulation
     from engines import engine, greedy, metric
-    from vllm_ahn.attention.gpu import metadata as gpu_metadata
+    from vllm_ahn.plugin import attention_backends, features
 
     job = json.load(sys.stdin)
     for name, value in job["constants"].items():
-        assert hasattr(gpu_metadata, name)
-        setattr(gpu_metadata, name, value)
+        module, constant = name.split(".")
+        owner = importlib.import_module(f"vllm_ahn.attention.gpu.{module}")
+        assert hasattr(owner, constant)
+        setattr(owner, constant, value)
+    if job["flash_version"]:
+        flash_emulation.install(job["flash_version"])
+        features._has_flash_attention = lambda: True
+        attention_backends.FLASH_DTYPES += ("float32",)
+        job["arguments"]["attention_backend"] = "FLASH_ATTN"
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
         workers = llm.collective_rpc(prepare, args=(job["warm_up"],))
         results = greedy(llm, job["prompts"], job["max_tokens"], logprobs=-1 if job["logits"] else None)
@@ -134,6 +147,7 @@ def main() -> None:
             "preemptions": metric(llm, "vllm:num_preemptions"),
             "vllm": vllm.__version__,
             "workers": workers,
+            "flash_calls": flash_emulation.calls,
         }
     if job["logits"]:
         torch.save([logits for _, logits in results], job["logits"])

@@ -25,9 +25,8 @@ def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) ->
 
 @pytest.mark.parametrize("golden", CONFIGURATIONS.values(), ids=lambda golden: golden.name)
 def test_all_lengths_in_one_batch(golden: Golden) -> None:
-    result = continuations(
-        golden, golden.lengths, block_size=16, max_num_seqs=8, constants={"QUERIES_PER_ROW": 40, "SEGMENTS": 4}
-    )
+    constants = {"metadata.QUERIES_PER_ROW": 40, "triton_attention.SEGMENTS": 4}
+    result = continuations(golden, golden.lengths, block_size=16, max_num_seqs=8, constants=constants)
     assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER]
 
 
@@ -39,6 +38,27 @@ def test_sinks_and_window_without_a_memory() -> None:
     reference = from_folders(golden.base, "none", golden.window, golden.sinks)
     expected = [reference.generate(torch.tensor([prompt]), 3).tokens[0].tolist() for prompt in asked]
     assert (result["workers"][0]["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.core", expected)
+
+
+def test_flash_attention() -> None:
+    """The golden configuration that FlashAttention can serve: without sinks."""
+    golden = CONFIGURATIONS["gdn_qwen2_s0"]
+    result = continuations(golden, (20, 29), block_size=16, max_num_seqs=2, flash_version=3)
+    decode = {"version": 3, "max_seqlen_q": 1, "window": golden.window - 1, "scheduled": True}
+    assert any(call.items() >= decode.items() for call in result["flash_calls"])
+
+
+@pytest.mark.parametrize("flash_version", [None, 2], ids=["triton", "flash"])
+def test_sinks_that_fill_their_blocks(flash_version: int | None) -> None:
+    """Attention by a sliding window over rearranged tables: decodes, and a chunk longer than the window beside one."""
+    golden, window, sinks, generated = CONFIGURATIONS["gdn_qwen2"], 32, 16, 3
+    asked = [golden.case(length).prompt.tolist() for length in (37, 100)]
+    setting = {"checkpoint": str(golden.ahn), "window": window, "sinks": sinks}
+    result = run(golden.base, setting, asked, generated, block_size=16, max_num_seqs=2, flash_version=flash_version)
+    reference = from_folders(golden.base, golden.ahn, window, sinks)
+    expected = [reference.generate(torch.tensor([prompt]), generated).tokens[0].tolist() for prompt in asked]
+    assert (result["workers"][0]["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.core", expected)
+    assert bool(result["flash_calls"]) == (flash_version is not None)
 
 
 def test_chunks_of_64_tokens() -> None:

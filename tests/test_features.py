@@ -50,6 +50,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "quantised KV cache.*'fp8', expected 'bfloat16'",
     ),
     ({"device_type": "xpu"}, "on CPUs and on GPUs of NVIDIA and AMD.*'xpu'"),
+    ({"attention_backend": "TRITON_ATTN"}, "expected to be 'CPU_ATTN' on CPUs, or left out"),
+    ({"runs_triton": True, "attention_backend": "FLASHINFER"}, "'FLASHINFER'.*'TRITON_ATTN' or 'FLASH_ATTN' on GPUs"),
+    ({"backends_per_kind": True}, "backend_per_kind"),
+]
+
+FLASH = Wanted(runs_triton=True, has_flash_attention=True, attention_backend="FLASH_ATTN")
+REFUSED_OF_FLASH_ATTENTION: list[tuple[dict[str, Any], str]] = [
+    ({"has_flash_attention": False}, "compute capability 8.0"),
+    ({"model_dtype": "float32"}, "float32.*one of float16, bfloat16"),
+    ({"head_size": 320}, "head sizes.*320"),
+    ({"head_size": 60}, "head sizes.*60"),
+    ({"block_size": 64}, "--block-size is 64, expected one of 16, 32, 48"),
+    ({"sinks": 24}, "--ahn-sinks is 24, expected a multiple of the block size, 16"),
+    ({"sinks": 16, "block_size": 32}, "--ahn-sinks is 16, expected a multiple of the block size, 32"),
+    ({"window": 20, "block_size": 32}, "--ahn-window is 20, expected at least the block size, 32"),
 ]
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
@@ -70,6 +85,9 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"model_impl": "transformers"}, "--model-impl"),
     ({"runner": "pooling"}, "text generation only"),
     ({"convert": "embed"}, "text generation only"),
+    ({"attention_backend": "FLASH_ATTN"}, "'FLASH_ATTN'.*'CPU_ATTN' on CPUs"),
+    ({"attention_config": {"backend": "TRITON_ATTN"}}, "'TRITON_ATTN'.*'CPU_ATTN' on CPUs"),
+    ({"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}}, "backend_per_kind"),
 ]
 
 
@@ -91,6 +109,19 @@ def test_refused(change: dict[str, Any], pattern: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("change", "pattern"), REFUSED_OF_FLASH_ATTENTION)
+def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> None:
+    good = {"model_dtype": "bfloat16", "head_size": 80, "block_size": 16, "sinks": 128, "window": 32640}
+    features.check(FLASH)
+    features.check(dataclasses.replace(FLASH, **good))
+    for wanted in (dataclasses.replace(FLASH, **change), dataclasses.replace(FLASH, **(good | change))):
+        with pytest.raises(AHNError, match=pattern) as caught:
+            features.check(wanted)
+        assert str(caught.value).startswith("--attention-backend is 'FLASH_ATTN'") and "\n" not in str(caught.value)
+        # What Triton's attention can do all of.
+        features.check(dataclasses.replace(wanted, attention_backend="TRITON_ATTN"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -104,6 +135,8 @@ def test_refused(change: dict[str, Any], pattern: str) -> None:
         {"load_format": "sharded_state"},  # of a merged model, which has no second source
         {"runner": "auto", "convert": "auto"},
         {"model_impl": "vllm"},
+        {"attention_backend": "CPU_ATTN"},
+        {"runs_triton": True, "attention_backend": "TRITON_ATTN"},
     ],
 )
 def test_not_refused(change: dict[str, Any]) -> None:
@@ -189,10 +222,13 @@ def test_load_formats_are_those_of_the_default_loader() -> None:
 
 
 def test_wanted_reads_every_field_from_both_sides(tiny: TinyPaths) -> None:
-    args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32", mamba_ssm_cache_dtype="float32")
+    asked = {"mamba_ssm_cache_dtype": "float32", "attention_backend": "cpu_attn"}
+    args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32", **asked)
     config = args.create_engine_config()
     ours, theirs = Wanted.from_engine_args(args), Wanted.from_vllm_config(config)
-    decided = {"model_dtype": "float32", "runner": "generate", "convert": "none"}
+    head_size = config.model_config.get_head_size()
+    decided = {"model_dtype": "float32", "runner": "generate", "convert": "none", "head_size": head_size}
     assert theirs == dataclasses.replace(ours, **decided)
     assert ours.second_source
-    assert ours.block_size == 32
+    assert (ours.block_size, ours.window, ours.sinks) == (32, 24, 8)
+    assert ours.attention_backend == "CPU_ATTN"

@@ -10,6 +10,9 @@ import pytest
 REPORT = Path(__file__).parents[1] / "benchmarks" / "compile_report.py"
 HEAD_SIZES = ("64", "80", "96", "128", "256")
 KERNELS = {
+    "add_up_kernel",
+    "attend_kernel",
+    "compact_kernel",
     "copy_states_kernel",
     "decode_kernel",
     "gated_squares_kernel",

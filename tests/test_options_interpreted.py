@@ -47,7 +47,7 @@ def test_all_options(tmp_path: Path) -> None:
         block_size=16,
         max_num_batched_tokens=80,
         max_num_seqs=8,
-        constants={"QUERIES_PER_ROW": 32, "SEGMENTS": 4},
+        constants={"metadata.QUERIES_PER_ROW": 32, "triton_attention.SEGMENTS": 4},
     )
     reference = from_folders(paths.base, paths.ahn, window, sinks, recurrence="naive")
     for sequence, got in zip(sequences, logits, strict=True):

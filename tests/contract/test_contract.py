@@ -1,8 +1,10 @@
 """What this package takes for granted in vLLM. ``make contract`` asks another release's sources the same."""
 
+import ast
 import dataclasses
 import inspect
 import os
+import textwrap
 from typing import Any
 
 import pytest
@@ -12,9 +14,12 @@ from vllm.config import CompilationConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+import flash_emulation
 from golden_data import CONFIGURATIONS
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
 from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataBuilder
@@ -133,19 +138,34 @@ def names(function: Any) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
+def keywords(method: Any, callee: str) -> set[str]:
+    """The keywords with which ``method`` calls ``callee``."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    (call,) = (call for call in calls if ast.unparse(call.func).split(".")[-1] == callee)
+    assert not call.args
+    return {str(keyword.arg) for keyword in call.keywords}
+
+
+def takes(function: Any, given: set[str]) -> bool:
+    """Whether ``function`` can be called with these keywords and no others."""
+    parameters = inspect.signature(function).parameters
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    return required <= given <= set(parameters)
+
+
 def test_interfaces_of_the_attention() -> None:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    from vllm_ahn.attention.gpu import core as gpu
+    from vllm_ahn.attention.gpu.flash_attention import FlashAttention
+    from vllm_ahn.attention.gpu.triton_attention import TritonAttention
 
-    called = {keyword for keyword in names(unified_attention) if f"        {keyword}=" in inspect.getsource(gpu.attend)}
-    assert {"rswa_prefix_lens", "rswa_window", "seqused_k", "block_table", "seq_threshold_3D"} <= called
-    required = {
-        name
-        for name, parameter in inspect.signature(unified_attention).parameters.items()
-        if parameter.default is inspect.Parameter.empty
-    }
-    assert required <= called
+    assert takes(unified_attention, keywords(TritonAttention.attend, "unified_attention"))
+    flash = flash_emulation.interface()
+    assert takes(flash.flash_attn_varlen_func, keywords(FlashAttention.attend, "flash_attn_varlen_func"))
+    assert takes(flash.get_scheduler_metadata, keywords(FlashAttention._work_out_schedule, "get_scheduler_metadata"))
+    assert {"head_size", "kv_cache_block_size"} <= names(fa_utils.get_flash_attn_version)
+    assert {"FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"} <= set(AttentionBackendEnum.__members__)
 
 
 def test_interfaces_of_the_runners() -> None:

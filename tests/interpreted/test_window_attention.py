@@ -1,16 +1,21 @@
-"""vLLM's paged attention over compacted block tables, against a masked softmax over whole sequences."""
+"""vLLM's paged attention over compacted block tables, against a masked softmax over whole sequences.
+
+Triton's kernel runs in the interpreter, FlashAttention is emulated; see ``flash_emulation.py``.
+"""
 
 import dataclasses
 import random
-from typing import Any
 
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ahn.attention.gpu import core as gpu
+import flash_emulation
 from vllm_ahn.attention.gpu import metadata as gpu_metadata
-from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataPlanner
+from vllm_ahn.attention.gpu.flash_attention import FlashAttention
+from vllm_ahn.attention.gpu.metadata import AHNGpuMetadata, AHNGpuMetadataPlanner
+from vllm_ahn.attention.gpu.rows import PagedAttention, cut_into_rows
+from vllm_ahn.attention.gpu.triton_attention import TritonAttention
 from vllm_ahn.cache.page import WindowPageLayout, WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec
 
@@ -98,61 +103,106 @@ def make_batch(
     return Batch(spec, pages, common, query, torch.cat(expected))
 
 
-def planner(batch: Batch) -> AHNGpuMetadataPlanner:
+def attention(spec: AHNWindowSpec, kernel: str) -> PagedAttention:
+    device = torch.device("cpu")
+    if kernel == "triton":
+        return TritonAttention(spec, num_heads=HEADS, device=device)
+    version = int(kernel[-1])
+    flash_emulation.install(version)
+    return FlashAttention(spec, num_heads=HEADS, version=version, device=device, graph_rows=6, graph_splits=4)
+
+
+def planner(batch: Batch, kernel: str = "triton") -> AHNGpuMetadataPlanner:
     return AHNGpuMetadataPlanner(
-        batch.spec, num_heads=HEADS, max_requests=16, max_tokens=256, device=torch.device("cpu")
+        batch.spec, attention(batch.spec, kernel), max_requests=16, max_tokens=256, device=torch.device("cpu")
     )
 
 
-def attend(batch: Batch, metadata: Any) -> torch.Tensor:
+def attend(batch: Batch, metadata: AHNGpuMetadata) -> torch.Tensor:
     output = torch.full_like(batch.query, float("nan"))
     rows = metadata.windowed or metadata.causal
-    gpu.attend(batch.pages, batch.query, output, rows, metadata.segments, SCALE)
+    metadata.attention.attend(batch.pages, batch.query, output, rows, SCALE)
     return output[: len(batch.expected)]
 
 
-@pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("window, sinks", [(24, 8), (33, 17), (40, 0), (1, 48), (64, 16)])
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-def test_attends_to_sinks_and_window(
-    window: int, sinks: int, block_size: int, decode: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_metadata, "QUERIES_PER_ROW", 20)
+def requests_at(window: int, sinks: int, decode: bool) -> list[tuple[int, int]]:
+    """Requests within ``W + S``, about to leave it and past it, in any order."""
     capacity = window + sinks
     requests = [(capacity - 1, 1), (capacity, 1), (200, 1), (3, 1)]
     if not decode:
         requests += [(0, 7), (capacity - 5, 50), (160, 33), (0, capacity + 3)]
     random.shuffle(requests)
-    batch = make_batch(window, sinks, block_size, requests)
+    return requests
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("window, sinks, block_size", [(24, 8, 16), (33, 17, 32), (1, 48, 16), (10, 0, 16)])
+def test_attends_to_sinks_and_window_by_a_mask(
+    window: int, sinks: int, block_size: int, decode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_metadata, "QUERIES_PER_ROW", 20)
+    batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
     metadata = planner(batch).plan(batch.common)
-    assert metadata.windowed is not None
-    assert metadata.windowed.block_table.shape[1] * block_size <= capacity + 20 + 5 * block_size
+    assert not batch.spec.rearrangeable
+    assert metadata.windowed is not None and metadata.windowed.sinks is not None
+    longest = int(metadata.windowed.lens.max())
+    assert longest <= window + sinks + (1 if decode else 20) + 3 * block_size
     torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("kernel", ["triton", "flash2", "flash3"])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+    "window, sinks, block_size", [(40, 0, 16), (33, 16, 16), (32, 64, 32), (64, 16, 16), (67, 64, 64)]
+)
+def test_attends_to_sinks_and_window_by_a_sliding_window(
+    window: int, sinks: int, block_size: int, decode: bool, kernel: str
+) -> None:
+    batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
+    metadata = planner(batch, kernel).plan(batch.common)
+    assert batch.spec.rearrangeable
+    assert metadata.windowed is not None and metadata.windowed.sinks is None
+    # A chunk of 50 is longer than some of these windows: then its rows are cut.
+    longest = int(metadata.windowed.lens.max())
+    assert longest <= window + sinks + (1 if decode else window) + block_size
+    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("window, sinks, block_size", [(33, 17, 32), (40, 0, 16), (33, 32, 32), (67, 16, 16)])
 @pytest.mark.parametrize("requests", [[(150, 1), (70, 1)], [(150, 1), (130, 60)]], ids=["decode", "mixed"])
-def test_scores_far_below_zero(block_size: int, requests: list[tuple[int, int]]) -> None:
+def test_scores_far_below_zero(window: int, sinks: int, block_size: int, requests: list[tuple[int, int]]) -> None:
     """Keys that are masked must not count as keys with a score of 0, beside which all others vanish."""
-    batch = make_batch(33, 17, block_size, requests, mean_score=-300.0)
+    batch = make_batch(window, sinks, block_size, requests, mean_score=-300.0)
     actual = attend(batch, planner(batch).plan(batch.common))
     torch.testing.assert_close(actual, batch.expected, rtol=0, atol=1e-4)
 
 
-def test_inside_the_capacity_attention_is_plain() -> None:
-    batch = make_batch(40, 8, 16, [(0, 48), (20, 3), (47, 1)])
-    metadata = planner(batch).plan(batch.common)
+def test_decodes_are_split_wherever_a_sliding_window_serves() -> None:
+    for block_size in (16, 32, 64):
+        spec = make_batch(64, 64, block_size, [(3, 1)]).spec
+        assert spec.rearrangeable
+        assert TritonAttention(spec, num_heads=HEADS, device=torch.device("cpu")).max_split_rows > 0
+
+
+@pytest.mark.parametrize("kernel", ["triton", "flash3"])
+def test_inside_the_capacity_attention_is_plain(kernel: str) -> None:
+    batch = make_batch(40, 16, 16, [(0, 48), (20, 3), (47, 1)])
+    metadata = planner(batch, kernel).plan(batch.common)
     assert metadata.windowed is None and metadata.decode_rows is None and metadata.prefill is None
     torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
 
 
-def test_a_replayed_graph_finds_another_batch_in_its_buffers() -> None:
+@pytest.mark.parametrize("sinks, kernel", [(8, "triton"), (16, "triton"), (16, "flash2"), (16, "flash3")])
+def test_a_replayed_graph_finds_another_batch_in_its_buffers(sinks: int, kernel: str) -> None:
     """What is planned at capture is used, with vLLM's and the planner's buffers filled for another batch since."""
-    captured = make_batch(24, 8, 16, [(0, 1)] * 5)
-    plan = planner(captured)
+    captured = make_batch(24, sinks, 16, [(0, 1)] * 5)
+    plan = planner(captured, kernel)
     metadata = plan.plan(captured.common, for_capture=True)
     assert metadata.decode_rows is not None
-    batch = make_batch(24, 8, 16, [(200, 1), (10, 1), (32, 1)], num_padding=2)
+    # A step with a chunk in between leaves the buffers alone or is forgotten.
+    chunk = make_batch(24, sinks, 16, [(200, 1), (100, 30)])
+    plan.plan(chunk.common)
+    batch = make_batch(24, sinks, 16, [(200, 1), (10, 1), (24 + sinks, 1)], num_padding=2)
     for name in ("query_start_loc", "seq_lens"):
         getattr(captured.common, name).copy_(getattr(batch.common, name))
         setattr(batch.common, name, getattr(captured.common, name))
@@ -161,18 +211,43 @@ def test_a_replayed_graph_finds_another_batch_in_its_buffers() -> None:
     assert metadata.decode_rows.tolist() == [0, -1, 2, -1, -1]
 
 
-@pytest.mark.parametrize("queries_per_row", [1, 7, 64])
-def test_rows_cover_all_queries_once(queries_per_row: int) -> None:
+def test_what_flash_attention_is_asked() -> None:
+    """Version 3 is given its schedule once a step; only what graphs may replay is bounded in its splits."""
+    batch = make_batch(64, 16, 16, [(200, 1)] * 6)
+    metadata = planner(batch, "flash3").plan(batch.common)
+    assert metadata.windowed is not None
+    schedule = metadata.windowed.schedule
+    flash = metadata.attention
+    assert isinstance(flash, FlashAttention) and flash.kept is not None and schedule is not None
+    assert schedule.data_ptr() == flash.kept.data_ptr() and flash._max_splits(metadata.windowed) == 4
+    flash_emulation.calls.clear()
+    attend(batch, metadata)
+    asked = {"version": 3, "batch": 6, "max_seqlen_q": 1, "window": 79, "scheduled": True}
+    assert flash_emulation.calls == [asked]
+
+    for requests in ([(200, 1)] * 7, [(200, 1), (100, 30)]):  # more than graphs are for; not decodes alone
+        batch = make_batch(64, 16, 16, requests)
+        windowed = planner(batch, "flash3").plan(batch.common).windowed
+        assert windowed is not None and windowed.schedule is not None
+        assert windowed.schedule.data_ptr() != flash.kept.data_ptr() and flash._max_splits(windowed) == 0
+    windowed = planner(batch, "flash2").plan(batch.common).windowed
+    assert windowed is not None and windowed.schedule is None
+
+
+@pytest.mark.parametrize("queries_per_row, block_size", [(1, 1), (7, 1), (64, 1), (16, 16), (48, 16)])
+def test_rows_cover_all_queries_once(queries_per_row: int, block_size: int) -> None:
     generator = random.Random(queries_per_row)
-    lens = [generator.choice((0, 1, 1, 6, 7, 8, 70)) for _ in range(20)]
+    lens = [generator.choice((0, 1, 1, 6, 7, 8, 70)) for _ in range(40)]
     seq_lens = torch.tensor([length + generator.randrange(50) for length in lens]).numpy()
     starts = torch.tensor([0, *lens]).cumsum(0).numpy()
-    requests, row_starts, row_lens = gpu_metadata.cut_into_rows(starts, seq_lens, queries_per_row)
+    requests, row_starts, row_lens = cut_into_rows(starts, seq_lens, queries_per_row, block_size)
     queries = []
     for row, request in enumerate(requests):
         num_queries = row_starts[row + 1] - row_starts[row]
-        assert 0 < num_queries <= queries_per_row
-        queries += [(request, row_lens[row] - num_queries + i) for i in range(num_queries)]
+        assert num_queries > 0
+        first = row_lens[row] - num_queries
+        assert row_lens[row] - first // block_size * block_size <= queries_per_row
+        queries += [(request, first + i) for i in range(num_queries)]
     positions = [
         (request, seq_lens[request] - length + i) for request, length in enumerate(lens) for i in range(length)
     ]

@@ -97,6 +97,7 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         self.scale = scale
         self.config = config
         self.full_attention = full_attention
+        self.vllm_config = get_current_vllm_config()
         # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
         self._parts = (memory, router)
         self.register(prefix)

@@ -7,13 +7,12 @@ vLLM's block pool has one page size for all layers and groups, so both memories 
 * A **state page** belongs to the compressed memory. It holds whole columns ``M[:, j]`` of the heads' states, one
   after another, in the state's own dtype. A request's state is the list of pages that its block table names.
 
-The views below read and write such pages in place; they own no memory.
+The views below read and write such pages in place; they own no memory. Nothing here needs vLLM.
 """
 
 from dataclasses import dataclass
 
 import torch
-from vllm.utils.math_utils import cdiv
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class StatePageLayout:
     @property
     def num_pages(self) -> int:
         """Pages that hold the state of one request."""
-        return cdiv(self.num_heads * self.head_size, self.columns_per_page)
+        return -(-self.num_heads * self.head_size // self.columns_per_page)
 
 
 class StatePages:

@@ -58,6 +58,15 @@ class AHNWindowSpec(_OwnGroup):
         given_back = max(0, self.first_kept_block(num_settled_tokens) - self.sink_blocks)
         return cdiv(num_tokens, self.block_size) - given_back
 
+    @property
+    def rearrangeable(self) -> bool:
+        """Whether sinks fill their blocks and the window at least one.
+
+        Then a block table can be rearranged so that a plain sliding window of ``W + S`` over it shows a query just what
+        it should see; :mod:`vllm_ahn.attention.cpu.lossless` says how and why.
+        """
+        return self.sinks % self.block_size == 0 and self.window >= self.block_size
+
     def max_admission_blocks_per_request(self, max_model_len: int) -> int:
         """Most blocks one request ever holds.
 

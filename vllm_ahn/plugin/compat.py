@@ -44,10 +44,11 @@ def is_release(major: int, minor: int) -> bool:
     return _release(vllm.__version__) == (major, minor)
 
 
-def can_split_attention(block_size: int) -> bool:
-    """Whether vLLM's Triton attention is exact when it splits a sequence with sinks and window into segments.
+def can_split_masked_attention(block_size: int) -> bool:
+    """Whether vLLM's Triton attention is exact when it splits a sequence masked for sinks and window into segments.
 
     Until 0.32 a segment whose first 16 keys are all masked may drown the others' scores. Blocks of 16 tokens, of which
-    none is dropped or kept but for a visible key, have no such tiles.
+    none is dropped or kept but for a visible key, have no such tiles; nor has an ordinary sliding window, outside of
+    which no tile is visited.
     """
     return block_size == 16 or not is_release(0, 32)

@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from vllm_ahn.attention.core import runs_triton
 from vllm_ahn.checkpoint import LOAD_FORMATS
 from vllm_ahn.config import NO_MEMORY, STATE_DTYPES
 from vllm_ahn.errors import AHNError
+from vllm_ahn.plugin.attention_backends import attention_refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,6 +54,18 @@ class Wanted:
     microbatches: bool = False
     device_type: str = "cpu"
     """What vLLM runs on in this environment, as its platform calls it."""
+    runs_triton: bool = False
+    """Whether AHN layers are computed by Triton kernels: on GPUs."""
+    has_flash_attention: bool = False
+    """Whether the device is one that vLLM's FlashAttention is for."""
+    attention_backend: str | None = None
+    """The kernel asked for, None for a choice of ours."""
+    backends_per_kind: bool = False
+    window: int | None = None
+    sinks: int | None = None
+    """Tokens, None while they are open."""
+    head_size: int | None = None
+    """The model's head size, None while it is open."""
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Wanted:
@@ -80,6 +94,12 @@ class Wanted:
             kv_sharing_fast_prefill=args.kv_sharing_fast_prefill,
             microbatches=bool(args.enable_dbo) or args.ubatch_size > 1,
             device_type=_device_type(),
+            runs_triton=runs_triton(),
+            has_flash_attention=_has_flash_attention(),
+            attention_backend=_backend_name(args.attention_backend or args.attention_config.backend),
+            backends_per_kind=bool(args.attention_config.backend_per_kind),
+            window=_length(setting, "window"),
+            sinks=_length(setting, "sinks"),
         )
 
     @classmethod
@@ -87,12 +107,13 @@ class Wanted:
         """What the whole configuration has come to."""
         model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
         connector = config.kv_transfer_config
+        setting = ahn_setting(config.additional_config)
         return cls(
             runner=model.runner_type,
             convert=model.convert_type,
             model_impl=model.model_impl,
             load_format=_text(config.load_config.load_format),
-            second_source=_names_checkpoint(ahn_setting(config.additional_config)),
+            second_source=_names_checkpoint(setting),
             speculation=config.speculative_config is not None,
             decode_context_parallel_size=parallel.decode_context_parallel_size,
             prefill_context_parallel_size=parallel.prefill_context_parallel_size,
@@ -109,6 +130,13 @@ class Wanted:
             kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
             microbatches=parallel.use_ubatching,
             device_type=_device_type(),
+            runs_triton=runs_triton(),
+            has_flash_attention=_has_flash_attention(),
+            attention_backend=_backend_name(config.attention_config.backend),
+            backends_per_kind=bool(config.attention_config.backend_per_kind),
+            window=_length(setting, "window"),
+            sinks=_length(setting, "sinks"),
+            head_size=model.get_head_size(),
         )
 
 
@@ -200,6 +228,7 @@ def refusals(wanted: Wanted) -> Iterator[str]:
             f"AHN serves text generation only: --runner is {wanted.runner!r} and --convert is "
             f"{wanted.convert!r}, expected 'generate' and 'none'"
         )
+    yield from attention_refusals(wanted)
 
 
 def check(wanted: Wanted) -> None:
@@ -268,6 +297,24 @@ def _quantised_cache(hf_config: Any) -> str | None:
             if isinstance(section, dict) and section.get(key) is not None:
                 return f"{key} of quantization_config"
     return None
+
+
+def _has_flash_attention() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and current_platform.has_device_capability(80)
+
+
+def _backend_name(backend: Any) -> str | None:
+    """The name of one of vLLM's backends, given as a member of its enumeration or as a user writes it."""
+    name = None if backend is None else str(getattr(backend, "name", backend)).upper()
+    return None if name == "AUTO" else name
+
+
+def _length(setting: Any, name: str) -> int | None:
+    """`window` or `sinks` of a setting, None if it does not say or says nonsense, which others refuse."""
+    value = setting.get(name) if isinstance(setting, dict) else None
+    return value if isinstance(value, int) else None
 
 
 def _names_checkpoint(setting: Any) -> bool:

@@ -58,6 +58,7 @@ def make_tiny(
     fa_layer_ids: str = "",
     dtype: str = "float32",
     shards: int = 1,
+    weights: bool = True,
 ) -> TinyPaths:
     """Writes ``base`` and ``ahn``, or ``merged`` if `merged`, into `folder`, and says where.
 
@@ -65,7 +66,8 @@ def make_tiny(
     that heads * head size differs from hidden as in real ones, twice that for Qwen3; `tie_word_embeddings` is
     then true for Qwen3 only. The same arguments give the same bytes, and base and AHN each depend on `seed`
     alone beside their own arguments: one base serves every memory. `shards` splits the weights over files
-    with an index. Raises `AHNError`.
+    with an index. Without `weights` there are configurations and a tokenizer only, for vLLM's
+    ``load_format="dummy"``. Raises `AHNError`.
     """
     for name, value, known in (
         ("model_type", model_type, tuple(ARCHITECTURES)),
@@ -116,10 +118,12 @@ def make_tiny(
     ahn_config |= {"use_q_proj": use_q_proj, "use_ahn_router": use_router, "fa_layer_ids": fa_layer_ids}
     options = read_options(ahn_config, shape, "make-tiny")
 
-    from vllm_ahn.tiny import weights
+    from vllm_ahn.tiny.weights import Tensors, ahn_tensors, base_tensors, write_weights
 
-    base = weights.base_tensors(config, shape, seed)
-    ahn = weights.ahn_tensors(memory, shape, options, seed)
+    base: Tensors = {}
+    ahn: Tensors = {}
+    if weights:
+        base, ahn = base_tensors(config, shape, seed), ahn_tensors(memory, shape, options, seed)
     folder = pathlib.Path(folder)
     if merged:
         paths = TinyPaths(folder / "merged", None)
@@ -132,7 +136,8 @@ def make_tiny(
     for part, (values, tensors) in parts.items():
         part.mkdir(parents=True, exist_ok=True)
         _write_json(part / "config.json", {**values, _MARK: seed})
-        weights.write_weights(part, tensors, dtype, shards)
+        if weights:
+            write_weights(part, tensors, dtype, shards)
     write_tokenizer(paths.base, vocab)
     ends = {
         "bos_token_id": end_of_text,

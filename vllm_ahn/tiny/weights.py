@@ -48,7 +48,7 @@ def base_tensors(config: Mapping[str, Any], shape: BaseShape, seed: int) -> Tens
     if not config["tie_word_embeddings"]:
         head = "lm_head.weight"
         dims[head] = (vocab, hidden)
-    tensors = {name: _random(name, size, seed) for name, size in dims.items()}
+    tensors = {name: random_values(name, size, seed) for name, size in dims.items()}
     # Logits of size 2 make greedy choices clear. A tied head must be small, or each token is its own best
     # successor.
     if config["tie_word_embeddings"]:
@@ -65,7 +65,7 @@ def base_tensors(config: Mapping[str, Any], shape: BaseShape, seed: int) -> Tens
 def ahn_tensors(memory: str, shape: BaseShape, options: Options, seed: int) -> Tensors:
     """A random AHN in float32, with all the tensors of a published checkpoint, the unused ones among them."""
     dims = expected_tensors(memory, shape, options) | unused_tensors(memory, shape, options)
-    return {name: _random(name, size, seed) for name, size in dims.items()}
+    return {name: random_values(name, size, seed) for name, size in dims.items()}
 
 
 def write_weights(folder: pathlib.Path, tensors: Tensors, dtype: str, shards: int) -> None:
@@ -94,21 +94,26 @@ def write_weights(folder: pathlib.Path, tensors: Tensors, dtype: str, shards: in
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _random(name: str, dims: tuple[int, ...], seed: int) -> torch.Tensor:
-    # Seeded by its own name, a tensor does not depend on which others there are.
+def random_values(
+    name: str, dims: tuple[int, ...], seed: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """The random tensor `name` of a checkpoint, float32 of shape `dims` on `device`.
+
+    Seeded by its own name, it does not depend on which others there are.
+    """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest[:7], "big"))
     match name.rsplit(".", 1)[1]:
         case "A_log":  # decay rates of 1/2 to 4 for each unit of time, so some heads forget soon and some late
-            return torch.empty(dims).uniform_(0.5, 4.0, generator=generator).log()
+            return torch.empty(dims, device=device).uniform_(0.5, 4.0, generator=generator).log()
         case "dt_bias":  # softplus(dt_bias), the unit of time, spread evenly in logarithm over 0.001 to 0.1 tokens
-            dt = torch.empty(dims).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+            dt = torch.empty(dims, device=device).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
             return dt + torch.log(-torch.expm1(-dt))
         case "D":
-            return torch.ones(dims)
+            return torch.ones(dims, device=device)
         case "alpha":
-            return torch.empty(dims).uniform_(0.2, 1.0, generator=generator)
-    values = torch.randn(dims, generator=generator)
+            return torch.empty(dims, device=device).uniform_(0.2, 1.0, generator=generator)
+    values = torch.randn(dims, generator=generator, device=device)
     if len(dims) == 1:
         return 1 + 0.1 * values if name.endswith("norm.weight") else 0.2 * values
     # [out, in] in a linear layer, [heads, in, out] in the memory's projections for each head.

@@ -26,11 +26,6 @@ QUERY_BLOCK = 256
 """Queries of a chunk that share gathered keys: bounds the mask, and the keys that only some of them see."""
 
 
-def can_rearrange(spec: AHNWindowSpec) -> bool:
-    """Whether sinks and window fill blocks, so that a rearranged table serves."""
-    return spec.sinks % spec.block_size == 0 and spec.window >= spec.block_size
-
-
 def segments(spec: AHNWindowSpec, start: int, end: int) -> list[tuple[int, int]]:
     """Cut the queries at positions ``[start, end)`` into runs that each take one rearranged table."""
     size, cuts = spec.block_size, [start]

@@ -33,7 +33,6 @@ class AHNPlanner:
         self.spec = spec
         self.num_heads = num_heads
         self.dtype = dtype
-        self.rearranges = lossless.can_rearrange(spec)
 
     def plan(self, common: CommonAttentionMetadata) -> AHNMetadata:
         """Plan a step. ``common`` is the window group's; its tensors live on the CPU."""
@@ -55,7 +54,7 @@ class AHNPlanner:
             return metadata
         if not past.all():
             metadata.inside = self._natural(common, (~past).nonzero().flatten())
-        if self.rearranges:
+        if self.spec.rearrangeable:
             metadata.past = self._rearranged(common, past.nonzero().flatten())
         single = common.query_start_loc_cpu.diff() == 1
         decoding = (past & single).nonzero().flatten()
@@ -124,7 +123,7 @@ class AHNPlanner:
             first_read=positions == self.spec.capacity,
             evicted_blocks=tables.gather(1, (evicted // self.spec.block_size).unsqueeze(-1)).squeeze(-1),
             evicted_offsets=evicted % self.spec.block_size,
-            keys=None if self.rearranges else lossless.decode_keys(self.spec, tables, positions),
+            keys=None if self.spec.rearrangeable else lossless.decode_keys(self.spec, tables, positions),
         )
 
     def _chunk(self, common: CommonAttentionMetadata, request: int) -> Chunk:
@@ -144,7 +143,7 @@ class AHNPlanner:
             first_read=first_read == spec.capacity,
             evicted_blocks=table[evicted // spec.block_size : last_evicted // spec.block_size + 1],
             evicted_offset=evicted % spec.block_size,
-            keys=[] if self.rearranges else lossless.chunk_keys(spec, table, first_row, start, end),
+            keys=[] if self.spec.rearrangeable else lossless.chunk_keys(spec, table, first_row, start, end),
         )
 
 

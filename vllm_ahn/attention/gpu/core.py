@@ -1,6 +1,7 @@
 """An AHN layer's core on devices that run Triton: write the pages, attend, absorb, read, add.
 
-Window attention is vLLM's paged attention over compacted block tables; the memory's kernels are this package's own.
+Window attention is vLLM's paged attention over compacted block tables, by Triton or FlashAttention; the memory's
+kernels are this package's own.
 """
 
 from typing import TYPE_CHECKING
@@ -8,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-from vllm_ahn.attention.gpu.metadata import AHNGpuMetadata, AttentionRows, Segments
+from vllm_ahn.attention.gpu.metadata import AHNGpuMetadata
 from vllm_ahn.attention.gpu.warm_up import warm_up_once
 from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.kernels.cache_write import write_window_pages
@@ -47,7 +47,7 @@ def run(
     assert pages is not None
     write_window_pages(key, value, gates, metadata.slot_mapping, pages.keys, pages.values, pages.gates)
     rows = metadata.causal if layer.full_attention or metadata.windowed is None else metadata.windowed
-    attend(pages, query[: metadata.num_tokens], output, rows, metadata.segments, layer.scale)
+    metadata.attention.attend(pages, query[: metadata.num_tokens], output, rows, layer.scale)
     if memory is None:
         return
     assert layer.state is not None and layer.state.pages is not None and state_table is not None and z is not None
@@ -69,44 +69,6 @@ def reserve(layer: "AHNAttention", query: torch.Tensor) -> None:
     chunks = cdiv(len(query), CHUNK_SIZE) + 1
     states = chunks * query.shape[1] * query.shape[2] ** 2
     torch.empty(12 * query.numel() + 2 * states, dtype=query.dtype, device=query.device)
-
-
-def attend(
-    pages: WindowPages,
-    query: torch.Tensor,
-    output: torch.Tensor,
-    rows: AttentionRows,
-    segments: Segments,
-    scale: float,
-) -> None:
-    """Attention of all requests' queries, ``[num_tokens, num_heads, head_size]``, into their rows of ``output``."""
-    # Without sinks vLLM's usual sliding window does, in which tiles outside of it are not visited.
-    window_size = (-1, -1) if rows.window is None or rows.sinks is not None else (rows.window - 1, 0)
-    unified_attention(
-        q=query,
-        k=pages.keys.transpose(1, 2),
-        v=pages.values.transpose(1, 2),
-        out=output,
-        cu_seqlens_q=rows.query_start_loc,
-        max_seqlen_q=rows.max_query_len,
-        seqused_k=rows.lens,
-        max_seqlen_k=rows.max_len,
-        softmax_scale=scale,
-        causal=True,
-        window_size=window_size,
-        block_table=rows.block_table,
-        softcap=0,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        seq_threshold_3D=segments.max_rows,
-        num_par_softmax_segments=segments.max.shape[-1],
-        softmax_segm_output=segments.output,
-        softmax_segm_max=segments.max,
-        softmax_segm_expsum=segments.sum,
-        rswa_prefix_lens=rows.sinks,
-        rswa_window=None if rows.sinks is None else rows.window,
-    )
 
 
 def decode(

@@ -14,58 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.utils.math_utils import next_power_of_2
+from vllm.utils.math_utils import round_up
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_ahn.attention.gpu.compaction import TILE_BLOCKS, compact_block_table, compact_width
+from vllm_ahn.attention.gpu.backend import choose_attention
+from vllm_ahn.attention.gpu.rows import AttentionRows, PagedAttention, cut_into_rows
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.kernels.compaction import TILE_BLOCKS, compact_block_table, compact_width
 from vllm_ahn.kernels.decode_memory import decode_rows
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
-from vllm_ahn.plugin.compat import can_split_attention
 
 QUERIES_PER_ROW = 1024
-"""Queries that share a compacted table. vLLM's kernel visits all keys of a row for each of its queries, those after the
-query and those that have left its window included; a chunk cut into rows makes few such visits."""
-
-SEGMENTS = 16
-"""Parts of a sequence that a decode works on at the same time."""
-
-MIN_PROGRAMS = 128
-"""Decodes with fewer (sequence, KV head) pairs than this are split into segments to occupy the device."""
-
-
-@dataclass
-class AttentionRows:
-    """Queries for vLLM's paged attention, and the keys they may see."""
-
-    query_start_loc: torch.Tensor
-    """``[R + 1]`` int32."""
-    lens: torch.Tensor
-    """``[R]`` int32, tokens in the row's table."""
-    block_table: torch.Tensor
-    """``[R, width]`` int32."""
-    max_query_len: int
-    max_len: int
-    """Upper bounds, known to the host."""
-    window: int | None
-    """``W``; None for plain causal attention over whole sequences."""
-    sinks: torch.Tensor | None
-    """``[R]`` int32, ``S`` in every row; None if there are no sinks beside the window."""
-
-
-@dataclass
-class Segments:
-    """Where the attention kernel leaves parts of a decode before it adds them up."""
-
-    max_rows: int
-    """Most rows for which it does so."""
-    output: torch.Tensor
-    """``[max_rows, num_heads, SEGMENTS, head size, rounded up to a power of 2]`` float32."""
-    max: torch.Tensor
-    sum: torch.Tensor
-    """``[max_rows, num_heads, SEGMENTS]`` float32 each."""
+"""Queries that share a compacted table under a mask for sinks. vLLM's kernel then visits all keys of a row for each of
+its queries, those after the query and those that have left its window included; a chunk cut into rows makes few such
+visits. With a sliding window over a rearranged table it makes none, and rows are as long as the window allows."""
 
 
 @dataclass
@@ -83,10 +47,10 @@ class AHNGpuMetadata:
     slot_mapping: torch.Tensor
     """``[num_tokens]`` int64, where the new tokens' keys, values and gates go; -1 for tokens that pad the batch."""
     causal: AttentionRows
-    """Plain causal attention of all requests: right if none is past ``W + S``, and for layers without memory."""
+    """Plain causal attention of all requests: right if none is past ``W + S``, and for layers of full attention."""
     windowed: AttentionRows | None
     """Sinks and window of all requests; None if no request is past ``W + S``."""
-    segments: Segments
+    attention: PagedAttention
     decode_rows: torch.Tensor | None
     """``[num_requests]`` int32, rows of requests past ``W + S`` with a single new token, -1 for others; None if there
     are none."""
@@ -99,32 +63,36 @@ class AHNGpuMetadataPlanner:
 
     Args:
         spec: the window group's spec.
-        num_heads: query heads of a layer on this rank.
+        attention: the kernel that attends.
         max_requests: most requests in a batch, padding included.
         max_tokens: most tokens in a batch.
         device: where the step runs.
     """
 
     def __init__(
-        self, spec: AHNWindowSpec, *, num_heads: int, max_requests: int, max_tokens: int, device: torch.device
+        self,
+        spec: AHNWindowSpec,
+        attention: PagedAttention,
+        *,
+        max_requests: int,
+        max_tokens: int,
+        device: torch.device,
     ) -> None:
         self.spec = spec
+        self.attention = attention
         self.device = device
-        max_rows = max_requests + max_tokens // QUERIES_PER_ROW
-        width = compact_width(spec.window, spec.sinks, spec.block_size, min(QUERIES_PER_ROW, max_tokens))
+        size = spec.block_size
+        # Rearranged rows are counted from the start of a block, and short enough for a window that is.
+        self.row_cuts = (spec.window // size * size, size) if spec.rearrangeable else (QUERIES_PER_ROW, 1)
+        self.max_row_len = min(self.row_cuts[0], max_tokens)
         on_device = {"dtype": torch.int32, "device": device}
-        self.compact_table = torch.zeros((max_rows, width + TILE_BLOCKS), **on_device)
-        self.compact_lens = torch.zeros(max_rows, **on_device)
-        self.sinks = torch.full((max_rows,), spec.sinks, **on_device)
+        # What decodes use stays in place for CUDA graphs, which are of decodes only.
+        self.decode_table = torch.zeros((max_requests, self._table_width(1)), **on_device)
+        self.decode_lens = torch.zeros(max_requests, **on_device)
         self.decode_rows = torch.full((max_requests,), -1, **on_device)
-        max_split = MIN_PROGRAMS // spec.num_kv_heads if can_split_attention(spec.block_size) else 0
-        scores = (max_split, num_heads, SEGMENTS)
-        self.segments = Segments(
-            max_split,
-            torch.empty((*scores, next_power_of_2(spec.head_size)), device=device),
-            torch.empty(scores, device=device),
-            torch.empty(scores, device=device),
-        )
+        self.sinks: torch.Tensor | None = None
+        if not spec.rearrangeable:
+            self.sinks = torch.full((max_requests + max_tokens // QUERIES_PER_ROW,), spec.sinks, **on_device)
 
     def plan(self, common: CommonAttentionMetadata, for_capture: bool = False) -> AHNGpuMetadata:
         """Plan a step.
@@ -153,13 +121,28 @@ class AHNGpuMetadataPlanner:
         windowed, decode_rows = None, None
         if common.max_query_len <= 1:
             # Even if no request is past W + S, since a CUDA graph may be about to read the buffers.
-            windowed = self._windowed(common, None, common.query_start_loc, common.seq_lens, max_query_len=1)
+            windowed = self._windowed(
+                common,
+                None,
+                common.query_start_loc,
+                common.seq_lens,
+                table=self.decode_table[: len(query_lens)],
+                lens=self.decode_lens[: len(query_lens)],
+                max_query_len=1,
+            )
             decode_rows = self._decode_rows(common)
         elif past.any():
-            requests, row_starts, row_lens = cut_into_rows(starts, seq_lens, QUERIES_PER_ROW)
+            requests, row_starts, row_lens = cut_into_rows(starts, seq_lens, *self.row_cuts)
             on_device = self._upload(requests, row_starts, row_lens)
-            windowed = self._windowed(common, *on_device, max_query_len=int(np.diff(row_starts).max()))
+            windowed = self._windowed(
+                common,
+                *on_device,
+                table=common.block_table_tensor.new_zeros((len(requests), self._table_width(self.max_row_len))),
+                lens=torch.empty_like(on_device[2]),
+                max_query_len=int(np.diff(row_starts).max()),
+            )
             decode_rows = self._decode_rows(common) if has_decodes else None
+        self.attention.schedule(windowed or causal)
         return AHNGpuMetadata(
             num_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,
@@ -168,7 +151,7 @@ class AHNGpuMetadataPlanner:
             slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             causal=causal,
             windowed=windowed if for_capture or past.any() else None,
-            segments=self.segments,
+            attention=self.attention,
             decode_rows=decode_rows if has_decodes else None,
             prefill=self._prefill_plan(common, starts, seq_lens, chunks) if chunks.any() else None,
         )
@@ -178,6 +161,11 @@ class AHNGpuMetadataPlanner:
         decode_rows(common.query_start_loc, common.seq_lens, self.spec.capacity, rows)
         return rows
 
+    def _table_width(self, max_queries: int) -> int:
+        spec = self.spec
+        width = compact_width(spec.window, spec.sinks, spec.block_size, max_queries) + TILE_BLOCKS
+        return round_up(width, 16)  # Triton compiles kernels anew for strides that are not a multiple of 16
+
     def _windowed(
         self,
         common: CommonAttentionMetadata,
@@ -185,11 +173,12 @@ class AHNGpuMetadataPlanner:
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
         *,
+        table: torch.Tensor,
+        lens: torch.Tensor,
         max_query_len: int,
     ) -> AttentionRows:
+        """Sinks and window of ``R`` rows, by ``table [R, width]`` and ``lens [R]``, which are written."""
         spec = self.spec
-        num_rows = len(seq_lens)
-        table, lens = self.compact_table[:num_rows], self.compact_lens[:num_rows]
         compact_block_table(
             common.block_table_tensor,
             requests,
@@ -198,12 +187,19 @@ class AHNGpuMetadataPlanner:
             spec.window,
             spec.sinks,
             spec.block_size,
+            spec.rearrangeable,
             table,
             lens,
         )
-        max_len = (table.shape[1] - TILE_BLOCKS) * spec.block_size
-        sinks = self.sinks[:num_rows] if spec.sinks else None
-        return AttentionRows(query_start_loc, lens, table, max_query_len, max_len, spec.window, sinks)
+        return AttentionRows(
+            query_start_loc,
+            lens,
+            table,
+            max_query_len,
+            max_len=(table.shape[1] - TILE_BLOCKS) * spec.block_size,
+            window=spec.capacity if spec.rearrangeable else spec.window,
+            sinks=None if self.sinks is None else self.sinks[: len(lens)],
+        )
 
     def _prefill_plan(
         self, common: CommonAttentionMetadata, starts: np.ndarray, seq_lens: np.ndarray, chunks: np.ndarray
@@ -244,7 +240,7 @@ class AHNGpuMetadataBuilder(AttentionMetadataBuilder[AHNGpuMetadata]):
         assert isinstance(kv_cache_spec, AHNWindowSpec)
         self.planner = AHNGpuMetadataPlanner(
             kv_cache_spec,
-            num_heads=vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
+            choose_attention(kv_cache_spec, vllm_config, device),
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             device=device,
@@ -257,28 +253,3 @@ class AHNGpuMetadataBuilder(AttentionMetadataBuilder[AHNGpuMetadata]):
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> AHNGpuMetadata:
         return self.planner.plan(common_attn_metadata, for_capture=True)
-
-
-def cut_into_rows(
-    starts: np.ndarray, seq_lens: np.ndarray, queries_per_row: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut the requests of a batch into rows of at most ``queries_per_row`` queries.
-
-    Args:
-        starts: ``[num_requests + 1]``, where the requests' new tokens begin in the batch.
-        seq_lens: ``[num_requests]``, their tokens, with the new ones.
-        queries_per_row: at least 1.
-
-    Returns:
-        ``requests [R]``, the request of each row; ``row_starts [R + 1]``, where the rows begin in the batch; and
-        ``row_lens [R]``, tokens of the request up to and with the row's last query. Requests without new tokens have
-        no row.
-    """
-    query_lens = np.diff(starts)
-    num_rows = -(-query_lens // queries_per_row)
-    requests = np.arange(len(query_lens)).repeat(num_rows)
-    index_in_request = np.arange(len(requests)) - (num_rows.cumsum() - num_rows).repeat(num_rows)
-    row_starts = starts[:-1][requests] + index_in_request * queries_per_row
-    row_ends = np.minimum(row_starts + queries_per_row, starts[1:][requests])
-    row_lens = seq_lens[requests] - (starts[1:][requests] - row_ends)
-    return requests, np.concatenate((row_starts, starts[-1:])), row_lens

@@ -12,6 +12,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ahn.attention.core import core
+from vllm_ahn.attention.gpu.backend import choose_attention
 from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataPlanner
 from vllm_ahn.cache.specs import AHNWindowSpec
 
@@ -60,9 +61,8 @@ def warm_up(layer: "AHNAttention") -> None:
         max_in_flight_tokens=0,
     )
     device = pages.pages.device
-    planner = AHNGpuMetadataPlanner(
-        spec, num_heads=layer.num_heads, max_requests=2, max_tokens=1 + CHUNK, device=device
-    )
+    attention = choose_attention(spec, layer.vllm_config, device)
+    planner = AHNGpuMetadataPlanner(spec, attention, max_requests=2, max_tokens=1 + CHUNK, device=device)
     state_table = torch.zeros((2, state_pages.layout.num_pages), dtype=torch.int32, device=device)
     for query_lens in ((1, CHUNK), (1, 1)):
         starts = torch.tensor((0, query_lens[0], sum(query_lens)), dtype=torch.int32)

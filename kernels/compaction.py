@@ -2,15 +2,21 @@
 
 vLLM's paged attention walks over all of a sequence. What an AHN layer attends to is its two ends: the sinks, and from
 the oldest token in the first query's window to the last query. Dropping whole blocks in between makes a sequence of
-bounded length, in which the distance between a query and every key of its window is what it was.
+bounded length, in which the distance between a query and every key of its window is what it was. It takes a mask that
+knows sinks.
+
+Where sinks and window fill blocks (:attr:`AHNWindowSpec.rearrangeable`) the sinks' blocks go behind those of the window
+that are older than the block of the row's first query. Then an ordinary sliding window of ``W + S`` is all it takes,
+for queries less than ``W`` tokens from the start of that block; :mod:`vllm_ahn.attention.cpu.lossless` says why. Rows
+that end within ``W + S`` keep their order: there that window is all of the sequence.
 """
 
 import torch
-from vllm.triton_utils import tl, triton
-from vllm.utils.math_utils import cdiv
+import triton
+import triton.language as tl
 
-TILE_BLOCKS = 2
-"""Entries that the attention kernel may read past a row's end, without using them: a tile has up to 32 tokens."""
+TILE_BLOCKS = 8
+"""Entries that the attention kernel may read past a row's end, without using them: a tile has up to 128 tokens."""
 
 
 def compact_width(window: int, sinks: int, block_size: int, max_queries: int) -> int:
@@ -26,7 +32,7 @@ def compact_width(window: int, sinks: int, block_size: int, max_queries: int) ->
         Blocks of the sinks, of the ``W - 1`` tokens before the first query and of the queries; the window starts
         anywhere in a block.
     """
-    return cdiv(sinks, block_size) + cdiv(window - 1 + max_queries, block_size) + 1
+    return triton.cdiv(sinks, block_size) + triton.cdiv(window - 1 + max_queries, block_size) + 1
 
 
 @triton.jit(do_not_specialize=["window", "width"])
@@ -44,13 +50,14 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
     SINK_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_REQUESTS: tl.constexpr,
+    REARRANGE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0)
     seq_len = tl.load(seq_lens + row)
     num_queries = tl.load(query_start_loc + row + 1) - tl.load(query_start_loc + row)
-    oldest = seq_len - num_queries - window + 1
-    gap = tl.maximum(tl.maximum(oldest, 0) // BLOCK_SIZE - SINK_BLOCKS, 0)
+    first_query = seq_len - num_queries
+    gap = tl.maximum(tl.maximum(first_query - window + 1, 0) // BLOCK_SIZE - SINK_BLOCKS, 0)
     compact_len = seq_len - gap * BLOCK_SIZE
     if tl.program_id(1) == 0:
         tl.store(compact_lens + row, compact_len)
@@ -61,7 +68,13 @@ def _compact_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     # No row is wider than the table, unless a run without requests made up its lengths.
     inside = (columns < (compact_len + BLOCK_SIZE - 1) // BLOCK_SIZE) & (columns < width)
-    source = columns + tl.where(columns < SINK_BLOCKS, 0, gap)
+    if REARRANGE:
+        older = first_query // BLOCK_SIZE - SINK_BLOCKS - gap
+        moved = (columns < older + SINK_BLOCKS) & (seq_len > window + SINK_BLOCKS * BLOCK_SIZE)
+        rearranged = tl.where(columns < older, columns + SINK_BLOCKS + gap, columns - older)
+        source = tl.where(moved, rearranged, columns + gap)
+    else:
+        source = columns + tl.where(columns < SINK_BLOCKS, 0, gap)
     blocks = tl.load(block_table + request.to(tl.int64) * block_table_stride + source, mask=inside, other=0)
     tl.store(compact_table + row.to(tl.int64) * compact_table_stride + columns, blocks, mask=inside)
 
@@ -74,6 +87,7 @@ def compact_block_table(
     window: int,
     sinks: int,
     block_size: int,
+    rearrange: bool,
     compact_table: torch.Tensor,
     compact_lens: torch.Tensor,
 ) -> None:
@@ -91,11 +105,12 @@ def compact_block_table(
         window: ``W``.
         sinks: ``S``.
         block_size: tokens in a block.
+        rearrange: put the sinks behind the older blocks of the window.
         compact_table: ``[>= R, >= compact_width]`` int32, written as far as the rows reach.
         compact_lens: ``[>= R]`` int32, written: the compacted sequences' tokens.
     """
     tile = 1024
-    grid = (len(seq_lens), cdiv(compact_table.shape[1], tile))
+    grid = (len(seq_lens), triton.cdiv(compact_table.shape[1], tile))
     _compact_kernel[grid](
         block_table,
         block_table.stride(0),
@@ -107,8 +122,9 @@ def compact_block_table(
         compact_lens,
         window,
         compact_table.shape[1],
-        SINK_BLOCKS=cdiv(sinks, block_size),
+        SINK_BLOCKS=triton.cdiv(sinks, block_size),
         BLOCK_SIZE=block_size,
         HAS_REQUESTS=requests is not None,
+        REARRANGE=rearrange,
         TILE=tile,
     )

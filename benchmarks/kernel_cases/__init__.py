@@ -1,0 +1,1 @@
+"""What ``kernels.py`` verifies and times: one module a case."""

@@ -1,0 +1,177 @@
+"""Sequences of one length in one engine, more and more of them: time to the first token, then time per token at every
+batch, up to the most that fits.
+
+Every sequence is prefilled in full and stays, so that a batch of n costs n prefills in all, and a decode step at
+batch n is one over n caches of full length. It decodes while the next one is prefilled, as in a server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from typing import Any
+
+from engine_process import EngineProcess
+from prompts import prompt
+from stepped_engine import Decoding
+
+TIME_BUDGET, MAX_BATCH, VLLM_COUNT = "the time budget", "--max-batch", "vLLM's count"
+PREEMPTED = "with one more, one is preempted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rungs:
+    """What all rows climb alike at one context. All lengths are in tokens."""
+
+    context: int
+    """Of a sequence, at most."""
+    keeps_all: bool
+    """No token ever leaves the window, so that every sequence keeps all its blocks in every row."""
+    batches: tuple[int, ...]
+    """Batches to measure at, ascending, besides the most that fits."""
+    max_batch: int
+    """Sequences at a time, at most."""
+    steps: int
+    """Decode steps of one measurement."""
+    repetitions: int
+    budget: int
+    """Of a step, at most."""
+    block_size: int
+    vocab: int
+
+    @property
+    def settling_steps(self) -> int:
+        """After as many steps every sequence has once taken a block and given one back: from there on all repeats."""
+        return self.block_size + 2
+
+    @property
+    def answer_tokens(self) -> int:
+        """What the first sequence may have to generate until all have come and every batch is measured."""
+        steps_of_a_prefill = math.ceil(self.context / max(1, self.budget - self.max_batch)) + 1
+        measured = (len(self.batches) + 2) * self.repetitions * (self.steps + 2)
+        settling = 0 if self.keeps_all else 2 * self.settling_steps
+        return self.max_batch * steps_of_a_prefill + measured + settling
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of every prompt: what the answer leaves of the context."""
+        return self.context - self.answer_tokens
+
+
+class Ladder:
+    """One row at one context. ``keeps_all``: a sequence keeps all its blocks until it ends.
+
+    Then as many fit as vLLM counts, and more would be preempted before they end. Else vLLM counts with what a
+    sequence holds while its prompt is computed, and more fit than that: they are found by trying.
+    """
+
+    def __init__(self, engine: EngineProcess, rungs: Rungs, *, keeps_all: bool) -> None:
+        self.engine = engine
+        self.rungs = rungs
+        self.keeps_all = keeps_all
+        self.count = engine.count(rungs.context)
+        self.batch = 0
+        self.why_no_more = ""
+        self.first_token_s: list[float] = []
+        self.steps_s: dict[int, list[float]] = {}
+        self.last: Decoding | None = None
+
+    @property
+    def whole(self) -> int:
+        """Sequences that can keep all their blocks. vLLM's count takes in the one block that vLLM keeps for itself."""
+        num_blocks = self.engine.info["num_blocks"]
+        return int((num_blocks - 1) // round(num_blocks / self.count))
+
+    def prompt(self, number: int) -> list[int]:
+        """The prompt of one sequence; all engines get the same ones."""
+        return prompt(self.rungs.prompt_tokens, number, self.rungs.vocab)
+
+    def warm_up(self) -> None:
+        """One sequence that is not measured: kernels are compiled and tuned for these shapes."""
+        self.engine.answer(self.prompt(0), 2)
+
+    def prefill(self, number: int) -> None:
+        """Measures the time to the first token of a sequence alone."""
+        self.first_token_s.append(self.engine.answer(self.prompt(number), 1).first_token_s)
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds to the first token, the median."""
+        return statistics.median(self.first_token_s)
+
+    def grow(self, target: int, deadline: float) -> None:
+        """Takes in sequences until there are ``target``, or no more fit, or ``deadline`` (`time.monotonic`) is near."""
+        target = min(target, self.rungs.max_batch)
+        if self.keeps_all:
+            target = min(target, self.whole)
+        while not self.why_no_more and self.batch < target:
+            if time.monotonic() + self.prefill_s > deadline:
+                self.why_no_more = TIME_BUDGET
+                return
+            held = self.engine.hold(self.prompt(self.batch), self.rungs.answer_tokens)
+            self.batch += not held.refused
+            self.why_no_more = held.refused
+        if not self.why_no_more and self.keeps_all and self.batch == self.whole:
+            self.why_no_more = VLLM_COUNT
+        elif not self.why_no_more and self.batch == self.rungs.max_batch:
+            self.why_no_more = MAX_BATCH
+
+    def fill(self, deadline: float) -> None:
+        """Takes in all that fit, and makes sure that they go on without preemption."""
+        self.grow(self.rungs.max_batch, deadline)
+        if not self.keeps_all:
+            self._decode(self.rungs.settling_steps)
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many as fit."""
+        return bool(self.why_no_more) and self.why_no_more not in (TIME_BUDGET, MAX_BATCH)
+
+    def decode(self) -> None:
+        """Measures decode steps at the present batch."""
+        decoding = self._decode(self.rungs.steps)
+        if decoding is not None:
+            self.steps_s.setdefault(self.batch, []).append(statistics.median(decoding.steps_s))
+            self.last = decoding
+
+    def _decode(self, steps: int) -> Decoding | None:
+        """Decode steps without preemption, with fewer sequences if need be; None if none is left."""
+        while self.batch:
+            decoding = self.engine.decode(steps)
+            if not decoding.preemptions:
+                return decoding
+            self.engine.drop()
+            self.batch -= 1
+            self.why_no_more = PREEMPTED
+        return None
+
+    def result(self) -> dict[str, Any]:
+        """All figures; times are in seconds."""
+        info, last = self.engine.info, self.last
+        return {
+            "prompt_tokens": self.rungs.prompt_tokens,
+            "num_blocks": info["num_blocks"],
+            "block_bytes": info["block_bytes"],
+            "cache_bytes": info["num_blocks"] * info["block_bytes"],
+            "vllm_count": self.count,
+            "sequences": self.batch,
+            "full": self.full,
+            "why_no_more": self.why_no_more,
+            "preemptions": last.preemptions if last else None,
+            "held_blocks": last.blocks if last else None,
+            "bytes_per_sequence": last.blocks * info["block_bytes"] / self.batch if last else None,
+            "first_token_s": self.prefill_s,
+            "first_token_all_s": self.first_token_s,
+            "decode": [
+                {
+                    "batch": batch,
+                    "token_s": statistics.median(steps),
+                    "least_s": min(steps),
+                    "greatest_s": max(steps),
+                    "tokens_per_s": batch / statistics.median(steps),
+                }
+                for batch, steps in sorted(self.steps_s.items())
+            ],
+        }
