@@ -58,6 +58,14 @@ class BaseShape:
         return cls(model_type, layers, hidden, heads, kv_heads, head_dim)
 
 
+PUBLISHED_SIZES = {
+    BaseShape("qwen2", 36, 2048, 16, 2, 128): "Qwen2.5-3B",
+    BaseShape("qwen2", 28, 3584, 28, 4, 128): "Qwen2.5-7B",
+    BaseShape("qwen2", 48, 5120, 40, 8, 128): "Qwen2.5-14B",
+}
+"""The bases that AHNs were published for; other bases fit as well, they only have no name here."""
+
+
 class Options(Protocol):
     """The checkpoint options that decide which tensors there are; `vllm_ahn.config.AHNConfig` has them."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
 from vllm_ahn import __version__, tiny
-from vllm_ahn.commands import cost, doctor, inspect, tasks
+from vllm_ahn.commands import cost, doctor, eval, inspect, perplexity, tasks
 from vllm_ahn.errors import AHNError
 
 _COMMANDS = (
@@ -17,6 +18,8 @@ _COMMANDS = (
         inspect,
         "describe an AHN checkpoint: memory, shapes, parameters, base, and what serving would use",
     ),
+    ("eval", eval, "run evaluation suites with full attention, sinks + window and AHN, beside the paper's figures"),
+    ("perplexity", perplexity, "measure perplexity and cache by position over a text, for the same methods"),
     ("cost", cost, "say what long sequences cost, with AHN and without: FLOPs and cache"),
     ("tasks", tasks, "print the folder of the evaluation tasks, for lm-eval's --include_path"),
     ("make-tiny", tiny, "write a small random base model with tokenizer, and an AHN checkpoint for it"),
@@ -36,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    args.command_line = shlex.join(["vllm-ahn", *(sys.argv[1:] if argv is None else argv)])
     try:
         return int(args.run(args))
     except AHNError as error:

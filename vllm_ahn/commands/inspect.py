@@ -13,16 +13,9 @@ from typing import Any
 
 from vllm_ahn.checkpoint import Checkpoint, local_folder, read_checkpoint
 from vllm_ahn.checkpoint.locate import split_revision
-from vllm_ahn.checkpoint.tensors import BaseShape, count_parameters, expected_tensors, state_bytes
+from vllm_ahn.checkpoint.tensors import PUBLISHED_SIZES, count_parameters, expected_tensors, state_bytes
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_ahn.errors import AHNError
-
-PUBLISHED_SIZES = {
-    BaseShape("qwen2", 36, 2048, 16, 2, 128): "Qwen2.5-3B",
-    BaseShape("qwen2", 28, 3584, 28, 4, 128): "Qwen2.5-7B",
-    BaseShape("qwen2", 48, 5120, 40, 8, 128): "Qwen2.5-14B",
-}
-"""The bases that AHNs were published for; other bases fit as well, they only have no name here."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,7 +50,7 @@ def read_records(file: DataFile, fields: Sequence[str], folder: str | None = Non
         AHNError: there is no such file, or something else in it.
     """
     root = folder or os.environ.get(DATA_VARIABLE)
-    found = _local(Path(root), file) if root else _download(file)
+    found = local_file(Path(root), file) if root else _download(file)
     if found.suffix != ".zip":
         with found.open(encoding="utf-8") as lines:
             return _parse(lines, str(found), fields)
@@ -69,7 +69,8 @@ def data_folder(metadata: Mapping[str, Any]) -> str | None:
     return folder
 
 
-def _local(root: Path, file: DataFile) -> Path:
+def local_file(root: Path, file: DataFile) -> Path:
+    """`file`, or the archive that holds it, in the local folder `root`; raises `AHNError` if neither is there."""
     names = [file.path, *([file.archive] if file.archive else [])]
     for name in names:
         if (path := root / file.repository / name).is_file():

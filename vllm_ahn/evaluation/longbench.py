@@ -79,13 +79,18 @@ SETS = {
 }
 
 
+def data_file(subset: str) -> DataFile:
+    """Where `subset`, one of `SETS`, lies."""
+    return DataFile(REPOSITORY, f"data/{subset}.jsonl", ARCHIVE)
+
+
 def load(subset: str, **metadata: Any) -> dict[str, Any]:
     """The documents of `subset`, one of `SETS`, as the split ``test``; for lm-eval's ``custom_dataset``. Raises
     `AHNError`."""
     if subset not in SETS:
         raise AHNError(f"LongBench: subset is {subset!r}, expected one of {', '.join(SETS)}")
     questions = QuestionSet(
-        DataFile(REPOSITORY, f"data/{subset}.jsonl", ARCHIVE),
+        data_file(subset),
         SETS[subset].template,
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         cut="left",

@@ -156,12 +156,18 @@ def split_subset(subset: str) -> tuple[str, str]:
     return name, length
 
 
+def data_file(subset: str) -> DataFile:
+    """Where `subset` lies; raises `AHNError` for an unknown one."""
+    name, _ = split_subset(subset)
+    return DataFile(REPOSITORY, f"{name}/{subset}.jsonl", f"{name}.zip")
+
+
 def load(subset: str, **metadata: Any) -> dict[str, Any]:
     """The documents of `subset`, such as ``cmrc_mixup_128k``, as the split ``test``; for lm-eval's
     ``custom_dataset``. Raises `AHNError`."""
     name, length = split_subset(subset)
     questions = QuestionSet(
-        DataFile(REPOSITORY, f"{name}/{subset}.jsonl", f"{name}.zip"),
+        data_file(subset),
         SETS[name].template,
         max_prompt_tokens=MAX_PROMPT_TOKENS[length],
         cut="middle",

@@ -92,6 +92,12 @@ class Suite:
     max_model_len: int
     """Tokens, prompt and answer, that the engine must take; with less lm-eval cuts prompts a second time."""
 
+    max_prompt_tokens: int
+    """The longest prompt, tokens: where the paper cut them."""
+
+    max_answer_tokens: int
+    """The longest answer of any task, tokens; 0 where nothing is asked."""
+
     window: int
     """W of the paper's run, tokens, without the sinks."""
 
@@ -151,6 +157,8 @@ SUITES: dict[str, Suite] = {
             group="ahn_lveval_128k",
             metric="score",
             max_model_len=262_144,
+            max_prompt_tokens=256_000,
+            max_answer_tokens=64,
             window=DEFAULT_WINDOW,
             sinks=DEFAULT_SINKS,
             paper=_averages(
@@ -170,6 +178,8 @@ SUITES: dict[str, Suite] = {
             group="ahn_infinitebench",
             metric="score",
             max_model_len=131_072,
+            max_prompt_tokens=128_000,
+            max_answer_tokens=256,
             window=DEFAULT_WINDOW,
             sinks=DEFAULT_SINKS,
             paper=_averages(
@@ -189,6 +199,8 @@ SUITES: dict[str, Suite] = {
             group="ahn_longbench",
             metric="score",
             max_model_len=32_768,
+            max_prompt_tokens=32_000,
+            max_answer_tokens=512,
             window=8064,
             sinks=DEFAULT_SINKS,
             paper=_averages(
@@ -209,6 +221,8 @@ SUITES: dict[str, Suite] = {
             # RULER's 131,072 tokens hold the answer. lm-eval adds the first words of it, which may be ten too many: it
             # then cuts as many of the instruction. More than this would take another YaRN factor than 4.
             max_model_len=131_072,
+            max_prompt_tokens=131_072 - 128,
+            max_answer_tokens=128,
             window=DEFAULT_WINDOW,
             sinks=DEFAULT_SINKS,
             paper=(
@@ -226,6 +240,8 @@ SUITES: dict[str, Suite] = {
             group=None,
             metric="perplexity",
             max_model_len=65_536,
+            max_prompt_tokens=65_534,
+            max_answer_tokens=0,
             window=DEFAULT_WINDOW,
             sinks=DEFAULT_SINKS,
             note="The paper shows curves over a book of 57,000 tokens, flat with AHN, and no figures.",
