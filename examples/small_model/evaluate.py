@@ -2,9 +2,9 @@
 
     python examples/small_model/evaluate.py FOLDER [--windows 32 64 128 256] [--context 1024] [--limit 200]
 
-FOLDER holds ``base`` and the memories ``gdn``, ``dn``, ``mamba2``. For every window (no sinks) ``vllm-ahn perplexity`` asks
-the engine with full attention, with the window alone, and with each memory. Only positions beyond the window count. Writes
-``evaluation.json`` and ``evaluation.md`` into FOLDER.
+FOLDER holds ``base`` and the memories ``gdn``, ``dn``, ``mamba2``. For every window (no sinks) ``vllm-ahn perplexity``
+asks the engine with full attention, with the window alone, and with each memory. Only positions beyond the window count.
+Writes ``evaluation.json`` and ``evaluation.md`` into FOLDER.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int,
     with tempfile.TemporaryDirectory() as work:
         report = pathlib.Path(work) / "report.json"
         command = [
-            "vllm-ahn", "perplexity", str(folder / "base"), "--text", str(text), "--window", str(window), "--sinks", "0",
-            "--context", str(context), "--limit", str(limit), "--dtype", "float32", "--kv-cache-memory-bytes", "268435456",
-            "--json", str(report), *[part for name in memories for part in ("--ahn", str(folder / name))],
+            "vllm-ahn", "perplexity", str(folder / "base"), "--text", str(text), "--window", str(window),
+            "--sinks", "0", "--context", str(context), "--limit", str(limit), "--dtype", "float32",
+            "--kv-cache-memory-bytes", str(256 << 20), "--json", str(report),
+            *[part for name in memories for part in ("--ahn", str(folder / name))],
         ]  # fmt: skip
         subprocess.run(command, check=True)
         (suite,) = json.loads(report.read_text())["suites"]
