@@ -3,7 +3,7 @@
     python examples/small_model/evaluate.py FOLDER [--windows 32 64 128 256] [--context 1024] [--limit 200]
 
 FOLDER holds ``base`` and the memories ``gdn``, ``dn``, ``mamba2``. For every window (no sinks) ``vllm-ahn perplexity``
-asks the engine with full attention, with the window alone, and with each memory. Only positions beyond the window count.
+asks the engine with full attention, the window alone, and each memory. Only positions beyond the window count.
 Writes ``evaluation.json`` and ``evaluation.md`` into FOLDER.
 """
 
