@@ -7,7 +7,8 @@ PYTEST_ARGS ?=
 
 # The newest supported release of vLLM that has no CPU build.
 CONTRACT := 0.33.0
-CONTRACT_TESTS := tests/contract tests/test_cache.py tests/test_arguments.py tests/test_features.py tests/test_engine_golden.py
+CONTRACT_TESTS := tests/contract tests/test_cache.py tests/test_arguments.py tests/test_features.py tests/test_engine_golden.py \
+    tests/test_no_memory.py
 
 .PHONY: help .venv demo test lint contract
 help:

@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,31 +194,54 @@ def table(result: dict[str, Any]) -> str:
         "| memory | tokens | state, gates bf16 | read-out, gates bf16 | state, K and V bf16 | read-out, K and V bf16 |",
         "|---|---|---|---|---|---|",
     ]
+    return (
+        "\n".join([*lines, *error_rows(result, ("gates in bfloat16", "K and V in bfloat16")), *by_head(result)]) + "\n"
+    )
+
+
+def error_rows(result: dict[str, Any], variants: Sequence[str]) -> list[str]:
+    """Rows of a table: median and largest error of states and read-outs, for each memory and length."""
+    lines = []
     for memory, errors in result["errors"].items():
-        for mark in errors["gates in bfloat16"]:
+        for mark in errors[variants[0]]:
             cells = []
-            for name in ("gates in bfloat16", "K and V in bfloat16"):
+            for name in variants:
                 for what in ("state", "read-outs"):
                     values = torch.tensor(errors[name][mark][what])
                     cells.append(f"{values.median():.2%}, {values.max():.2%}")
             lines.append(f"| {memory} | {int(mark):,} | {' | '.join(cells)} |")
-    lines += ["", f"State errors after {MARKS[-1]:,} tokens by head, gates in bfloat16:", ""]
+    return lines
+
+
+def by_head(
+    result: dict[str, Any], variant: str = "gates in bfloat16", tokens: str = "tokens by head, gates in bfloat16"
+) -> list[str]:
+    """A table of the heads' state errors with a variant, after the last of `MARKS`."""
+    lines = ["", f"State errors after {MARKS[-1]:,} {tokens}:", ""]
     lines += ["| memory | gates | " + " | ".join(f"time scale {n + 1}" for n in range(4)) + " |", "|---" * 6 + "|"]
     for memory, errors in result["errors"].items():
-        values = errors["gates in bfloat16"][str(MARKS[-1])]["state"]
+        values = errors[variant][str(MARKS[-1])]["state"]
         for offset, name in enumerate(("vary", "steady")):
             lines.append(f"| {memory} | {name} | " + " | ".join(f"{value:.2%}" for value in values[offset::2]) + " |")
+    half_lives = ", ".join(f"{n:,}" for n in HALF_LIVES)
+    rates = ", ".join(f"{1 / (1 + math.exp(-x)):.2f}" for x in RATE_LOGITS)
     lines += [
         "",
-        f"Time scales: half-lives of {', '.join(f'{n:,}' for n in HALF_LIVES)} tokens (GatedDeltaNet, Mamba2); "
-        "mean rates of " + ", ".join(f"{1 / (1 + math.exp(-x)):.2f}" for x in RATE_LOGITS) + " (DeltaNet).",
+        f"Time scales: half-lives of {half_lives} tokens (GatedDeltaNet, Mamba2); mean rates of {rates} (DeltaNet).",
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gate-precision")
+@torch.inference_mode()
+def run(
+    name: str,
+    description: str | None,
+    measure: Callable[[Kind, int], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """A whole program: measure every memory, write ``results/NAME.json`` and ``.md``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / name)
     args = parser.parse_args()
     torch.set_num_threads(1)  # the products are small: threads would mostly wait for each other
     started = time.perf_counter()
@@ -228,7 +251,7 @@ def main() -> None:
         errors[memory] = measure(kind, MARKS[-1])
         print(f"{memory}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     result = {
-        "command": " ".join(["python benchmarks/gate_precision.py", *sys.argv[1:]]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": describe(),
         "seconds": time.perf_counter() - started,
         "half_lives": HALF_LIVES,
@@ -242,5 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    run("gate-precision", __doc__, measure, table)

@@ -10,32 +10,24 @@ those of ``gate_precision.py``. Writes ``results/state-precision.json`` and ``.m
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import math
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from gate_precision import (
-    HALF_LIVES,
     HEADS,
-    KINDS,
     MARKS,
-    RATE_LOGITS,
     READ,
     Kind,
     Tokens,
+    by_head,
+    error_rows,
     in_bfloat16,
     recur,
     relative,
+    run,
     stretches,
-    verify,
 )
-from machine import describe
 
 from vllm_ahn.kernels import l2_normalize, recurrent_step
 
@@ -128,53 +120,9 @@ def table(result: dict[str, Any]) -> str:
         "| memory | tokens | " + " | ".join(f"{what}, {name}" for name in VARIANTS for what in WHAT) + " |",
         "|---" * 6 + "|",
     ]
-    for memory, errors in result["errors"].items():
-        for mark in errors[EVERY_TOKEN]:
-            cells = []
-            for name in VARIANTS:
-                for what in WHAT:
-                    values = torch.tensor(errors[name][mark][what])
-                    cells.append(f"{values.median():.2%}, {values.max():.2%}")
-            lines.append(f"| {memory} | {int(mark):,} | {' | '.join(cells)} |")
-    lines += ["", f"State errors after {MARKS[-1]:,} decoded tokens by head:", ""]
-    lines += ["| memory | gates | " + " | ".join(f"time scale {n + 1}" for n in range(4)) + " |", "|---" * 6 + "|"]
-    for memory, errors in result["errors"].items():
-        values = errors[EVERY_TOKEN][str(MARKS[-1])]["state"]
-        for offset, name in enumerate(("vary", "steady")):
-            lines.append(f"| {memory} | {name} | " + " | ".join(f"{value:.2%}" for value in values[offset::2]) + " |")
-    lines += [
-        "",
-        f"Time scales: half-lives of {', '.join(f'{n:,}' for n in HALF_LIVES)} tokens (GatedDeltaNet, Mamba2); "
-        "mean rates of " + ", ".join(f"{1 / (1 + math.exp(-x)):.2f}" for x in RATE_LOGITS) + " (DeltaNet).",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "state-precision")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # the products are small: threads would mostly wait for each other
-    started = time.perf_counter()
-    errors = {}
-    for memory, kind in KINDS.items():
-        verify(kind)
-        errors[memory] = measure(kind, MARKS[-1])
-        print(f"{memory}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    result = {
-        "command": " ".join(["python benchmarks/state_precision.py", *sys.argv[1:]]),
-        "machine": describe(),
-        "seconds": time.perf_counter() - started,
-        "half_lives": HALF_LIVES,
-        "rate_logits": RATE_LOGITS,
-        "errors": errors,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
+    heads = by_head(result, EVERY_TOKEN, "decoded tokens by head")
+    return "\n".join([*lines, *error_rows(result, VARIANTS), *heads]) + "\n"
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    run("state-precision", __doc__, measure, table)

@@ -31,6 +31,8 @@ from vllm_ahn.tiny import make_tiny
 WINDOW, SINKS, BLOCK = 128, 16, 16  # tokens
 WINDOWS_IN_PROMPT = 10
 ANSWER_TOKENS = 384
+PREFILL_SHOWS = 8
+"""Pieces of the answer to wait for until the server's gauge, which lags behind its tokens, shows a decode."""
 CACHE_BYTES = 64 << 20
 START_S = 180
 
@@ -70,21 +72,22 @@ def show(url: str, base: Path) -> None:
             stream_options={"include_usage": True},
             extra_body={"ignore_eos": True},
         )
-        first = usage = None
+        arrivals: list[float] = []
+        usage = None
         for chunk in stream:
             if chunk.choices:
-                first = first or time.perf_counter()
+                arrivals.append(time.perf_counter())
                 print(chunk.choices[0].text.translate(CONTROL), end="", flush=True)
             usage = chunk.usage or usage
         finished = time.perf_counter()
-    assert usage is not None and first is not None, "the server sent no answer"
+    assert usage is not None and len(arrivals) > PREFILL_SHOWS, "the server sent no answer"
+    first = arrivals[0]
     length = usage.prompt_tokens + usage.completion_tokens
     print(
         f"\n\n{usage.completion_tokens} tokens after {usage.prompt_tokens}; the first after "
         f"{first - started:.2f} s, then {usage.completion_tokens / (finished - first):.0f} a second"
     )
-    # The gauge is of the last step of the engine: what was seen after the first token was seen while decoding.
-    report(watch.held(after=first), watch.cache, base, length)
+    report(watch.held(after=arrivals[PREFILL_SHOWS]), watch.cache, base, length)
 
 
 def report(held: list[int], cache: dict[str, str], base: Path, length: int) -> None:

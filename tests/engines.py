@@ -39,16 +39,20 @@ def engine(base: Any, ahn: Any = None, **arguments: Any) -> Iterator[LLM]:
 
 
 def greedy(
-    llm: LLM, prompts: Sequence[Sequence[int] | torch.Tensor], max_tokens: int, logprobs: int | None = None
+    llm: LLM,
+    prompts: Sequence[Sequence[int] | torch.Tensor],
+    max_tokens: int,
+    logprobs: int | None = None,
+    lora_request: Any = None,
 ) -> list[tuple[list[int], torch.Tensor | None]]:
-    """Greedy continuations of token prompts, all submitted at once.
+    """Greedy continuations of token prompts, all submitted at once; ``lora_request`` is as in ``LLM.generate``.
 
     Returns:
         For each prompt its tokens and, if ``logprobs`` is -1, ``[max_tokens, vocab]`` of what the engine reports.
     """
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
     inputs = [{"prompt_token_ids": torch.as_tensor(prompt).tolist()} for prompt in prompts]
-    outputs = [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
+    outputs = [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False, lora_request=lora_request)]
     return [(list(output.token_ids), _dense(output.logprobs)) for output in outputs]
 
 

@@ -74,13 +74,7 @@ def specs(window: int, sinks: int, max_in_flight_tokens: int, block_size: int) -
     layout = WindowPageLayout(2, 64, 14, block_size, torch.bfloat16)
     states = StatePageLayout(14, 64, layout.page_bytes)
     return (
-        window_spec(
-            layout,
-            window=window,
-            sinks=sinks,
-            retain_all=False,
-            vllm_config=config(4096, max_in_flight_tokens),  # type: ignore[arg-type]
-        ),
+        window_spec(layout, window=window, sinks=sinks, max_in_flight_tokens=max_in_flight_tokens),
         state_spec(states, block_size=block_size, dtype=layout.dtype, capacity=window + sinks),
     )
 

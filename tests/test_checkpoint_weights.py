@@ -117,6 +117,13 @@ def test_wrong_shapes_and_types(case: Case) -> None:
     case.refused("model.layers.1.ahn.fn.D has shape [3], expected [4]")
 
 
+def test_quantised_weights(case: Case) -> None:
+    case.change_tensors(**{"1__ahn__fn__g_proj__weight_scale": torch.ones(4, 1)})
+    case.refused(
+        f"{case.ahn}: model.layers.1.ahn.fn.g_proj.weight_scale is of a quantised AHN, expected one that is not"
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("value", "what"), [("nan", "NaN"), ("inf", "an infinite value"), ("-inf", "an infinite")])
 def test_weights_that_are_no_numbers(case: Case, value: str, what: str, dtype: torch.dtype) -> None:

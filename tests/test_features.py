@@ -41,7 +41,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_impl": "transformers"}, "--model-impl is 'transformers'"),
     ({"runner": "pooling"}, "--runner is 'pooling'"),
     ({"convert": "embed"}, "--convert is 'embed'"),
-    ({"lora": True}, "--enable-lora"),
+    (
+        {"base_cache": "kv_cache_scheme of x", "model_dtype": "bfloat16"},
+        r"quantised KV cache.*\(kv_cache_scheme of x in its config.json\).*'auto', expected 'bfloat16'",
+    ),
+    (
+        {"base_cache": "kv_cache_scheme of x", "cache_dtype": "fp8", "model_dtype": "bfloat16"},
+        "quantised KV cache.*'fp8', expected 'bfloat16'",
+    ),
     ({"device_type": "xpu"}, "on CPUs and on GPUs of NVIDIA and AMD.*'xpu'"),
     ({"attention_backend": "TRITON_ATTN"}, "expected to be 'CPU_ATTN' on CPUs, or left out"),
     ({"runs_triton": True, "attention_backend": "FLASHINFER"}, "'FLASHINFER'.*'TRITON_ATTN' or 'FLASH_ATTN' on GPUs"),
@@ -78,7 +85,6 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"model_impl": "transformers"}, "--model-impl"),
     ({"runner": "pooling"}, "text generation only"),
     ({"convert": "embed"}, "text generation only"),
-    ({"enable_lora": True}, "LoRA"),
     ({"attention_backend": "FLASH_ATTN"}, "'FLASH_ATTN'.*'CPU_ATTN' on CPUs"),
     ({"attention_config": {"backend": "TRITON_ATTN"}}, "'TRITON_ATTN'.*'CPU_ATTN' on CPUs"),
     ({"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}}, "backend_per_kind"),
@@ -122,6 +128,7 @@ def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> Non
         {"block_size": 16},
         {"block_size": 128},
         {"cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
+        {"base_cache": "kv_cache_scheme of x", "cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
         {"mamba_ssm_cache_dtype": "float32"},
         {"mamba_ssm_cache_dtype": "bfloat16"},
         {"second_source": True, "load_format": "dummy"},
@@ -146,6 +153,26 @@ def test_refused_by_the_whole_configuration_alone(tiny: TinyPaths) -> None:
     """What the arguments do not show yet; the sentence comes out of pydantic's report as it went in."""
     with pytest.raises(AHNError, match=r"^AHN does not work with a KV cache of another dtype"):
         engine_args(tiny, dtype="float32", kv_cache_dtype="bfloat16").create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"},
+        {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}},
+    ],
+)
+def test_a_base_that_asks_for_a_quantised_cache(
+    tiny: TinyPaths, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would follow it where the cache's dtype is "auto", for some formats only when the model is built."""
+    config = engine_args(tiny, dtype="bfloat16").create_engine_config()
+    monkeypatch.setattr(config.model_config.hf_config, "quantization_config", asked, raising=False)
+    with pytest.raises(AHNError, match=r"\(kv_cache_.* of quantization_config in its config.json\).*'bfloat16'"):
+        features.check_config(config)
+    config.cache_config.cache_dtype = "bfloat16"
+    features.check_config(config)
 
 
 def test_the_hook_sees_configurations_that_no_argument_led_to(tiny: TinyPaths) -> None:

@@ -182,8 +182,8 @@ def test_window_attention_equals_dense_mask(window: int | None, sinks: int, monk
     scores = torch.einsum("bthd,bjhd->bhtj", q, k.repeat_interleave(3, 2)) * dim**-0.5
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     wanted = torch.einsum("bhtj,bjhd->bthd", weights, v.repeat_interleave(3, 2))
-    for elements in (1 << 24, 12 * 5 * total, 1):
-        monkeypatch.setattr("vllm_ahn.reference.layers.SCORE_ELEMENTS", elements)
+    for queries in (512, 5, 1):
+        monkeypatch.setattr("vllm_ahn.reference.layers.QUERY_BLOCK", queries)
         got = window_attention(q, k, v, start, window, sinks)
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
@@ -241,7 +241,7 @@ def test_q_proj_comes_before_rope(tmp_path: pathlib.Path) -> None:
     absorb = fn.absorb_and_read
     fn.absorb_and_read = lambda q, *rest: seen.append(q) or absorb(q, *rest)
     x = torch.randn(1, 40, 128)
-    layer(x, model.new_cache()[0], "chunk")
+    layer(x, model.new_cache()[0], model.ahn, "chunk")
     raw = layer.self_attn.q_proj(layer.input_layernorm(x))[0, 32:].view(8, 4, 32)
     projected = torch.einsum("thd,hde->the", raw, weights["model.layers.0.ahn.fn.q_proj.weight"])
     frequency = 10000.0 ** (-torch.arange(16) / 16)
@@ -271,7 +271,7 @@ def test_router(tmp_path: pathlib.Path) -> None:
         cache, positions = model.new_cache()[0], torch.arange(70)
         hidden = layer.input_layernorm(x)
         q, cache.k, cache.v, raw_q = layer.self_attn.project(hidden, positions)
-        return layer._memory(hidden, q, raw_q, positions, cache, "chunk")[0]
+        return layer._memory(hidden, q, raw_q, positions, cache, model.ahn, "chunk")[0]
 
     part, whole = added(routed), added(plain)
     assert torch.equal(whole[: W + S], torch.zeros(W + S, 4, 32))
@@ -296,7 +296,8 @@ def test_full_attention_layers(as_text: bool, tmp_path: pathlib.Path, prompt: to
     x = torch.randn(1, 70, 128)
     for i, like in enumerate((base, plain, base)):
         cache = [model.new_cache()[i] for model in (some, like)]
-        got, wanted = (m.model["layers"][i](x, c, "chunk") for m, c in zip((some, like), cache, strict=True))
+        of_layer = like.ahn  # None for the base
+        got, wanted = (m.model["layers"][i](x, c, of_layer, "chunk") for m, c in zip((some, like), cache, strict=True))
         assert torch.equal(got, wanted)
     assert not torch.equal(some(prompt), plain(prompt))
     everywhere = ReferenceModel(base.base, AHNConfig("Mamba2", W, S, full_attention_layers=(0, 1, 2)))

@@ -84,20 +84,9 @@ def _own(setting: Setting, model: Model, pool: Pool, rows: Rows) -> Attend:
 def _vllm(setting: Setting, model: Model, pool: Pool, rows: Rows) -> Attend:
     from vllm_ahn.attention.gpu.rows import AttentionRows
     from vllm_ahn.attention.gpu.triton_attention import TritonAttention
-    from vllm_ahn.cache.specs import AHNWindowSpec
+    from vllm_ahn.cache.specs import window_spec
 
-    layout = pool.window.layout
-    spec = AHNWindowSpec(
-        block_size=layout.block_size,
-        num_kv_heads=layout.num_kv_heads,
-        head_size=layout.head_size,
-        dtype=layout.dtype,
-        state_content_bytes=layout.content_bytes,
-        dcp_sharded=False,
-        window=setting.window,
-        sinks=setting.sinks,
-        max_in_flight_tokens=0,
-    )
+    spec = window_spec(pool.window.layout, window=setting.window, sinks=setting.sinks)
     attention = TritonAttention(spec, num_heads=model.heads, device=setting.device)
     attention_rows = AttentionRows(
         rows.query_start_loc,

@@ -67,7 +67,7 @@ def test_arguments_come_to_a_resolved_model(config: VllmConfig) -> None:
 
 def specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
     layout = WindowPageLayout(2, 128, 16, 32, torch.bfloat16)
-    window = window_spec(layout, window=512, sinks=64, retain_all=False, vllm_config=config)
+    window = window_spec(layout, window=512, sinks=64, max_in_flight_tokens=config.max_in_flight_tokens)
     state = state_spec(
         StatePageLayout(16, 128, layout.page_bytes), block_size=32, dtype=torch.bfloat16, capacity=window.capacity
     )

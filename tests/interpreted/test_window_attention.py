@@ -17,7 +17,7 @@ from vllm_ahn.attention.gpu.metadata import AHNGpuMetadata, AHNGpuMetadataPlanne
 from vllm_ahn.attention.gpu.rows import PagedAttention, cut_into_rows
 from vllm_ahn.attention.gpu.triton_attention import TritonAttention
 from vllm_ahn.cache.page import WindowPageLayout, WindowPages
-from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.cache.specs import AHNWindowSpec, window_spec
 
 TOLERANCE = 2e-6
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 24
@@ -45,17 +45,7 @@ def make_batch(
 ) -> Batch:
     """``requests`` are (tokens before, new tokens); rows that pad the batch follow."""
     layout = WindowPageLayout(KV_HEADS, HEAD_SIZE, 2 * HEADS // KV_HEADS, block_size, torch.float32)
-    spec = AHNWindowSpec(
-        block_size=block_size,
-        num_kv_heads=KV_HEADS,
-        head_size=HEAD_SIZE,
-        dtype=layout.dtype,
-        state_content_bytes=layout.content_bytes,
-        dcp_sharded=False,
-        window=window,
-        sinks=sinks,
-        max_in_flight_tokens=1024,
-    )
+    spec = window_spec(layout, window=window, sinks=sinks, max_in_flight_tokens=1024)
     width = max(-(-sum(request) // block_size) for request in requests) + 3
     num_blocks = 1 + len(requests) * width
     shape = (num_blocks, KV_HEADS, block_size, layout.content_elements)

@@ -61,8 +61,8 @@ def layer_specs(
         layout,
         window=config.window,
         sinks=config.sinks,
+        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         retain_all=bool(config.full_attention_layers),
-        vllm_config=vllm_config,
     )
     if config.memory is None:
         return window, None

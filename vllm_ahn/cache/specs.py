@@ -114,7 +114,7 @@ class AHNStateSpec(_OwnGroup):
 
 
 def window_spec(
-    layout: WindowPageLayout, *, window: int, sinks: int, retain_all: bool, vllm_config: VllmConfig
+    layout: WindowPageLayout, *, window: int, sinks: int, max_in_flight_tokens: int = 0, retain_all: bool = False
 ) -> AHNWindowSpec:
     """The spec of a layer's lossless memory."""
     return AHNWindowSpec(
@@ -126,7 +126,7 @@ def window_spec(
         dcp_sharded=False,
         window=window,
         sinks=sinks,
-        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+        max_in_flight_tokens=max_in_flight_tokens,
         retain_all=retain_all,
     )
 

@@ -11,6 +11,9 @@ from vllm_ahn.checkpoint.options import read_config, read_memory, read_options
 from vllm_ahn.checkpoint.tensors import AHNOptions, BaseShape, expected_tensors, is_ahn_tensor, unused_tensors
 from vllm_ahn.errors import AHNError
 
+_QUANTISED = {"input_scale", "qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv"}
+"""What quantisation tools put beside a layer's weight, or in its place."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -42,7 +45,7 @@ def read_checkpoint(folder: pathlib.Path, label: str, *, weights: bool = True) -
     if not files:
         raise AHNError(f"{label}: no weights in it, expected *.safetensors files")
     headers = read_headers(files, label)
-    merged = "model.embed_tokens.weight" in headers
+    merged = any(name.startswith("model.embed_tokens.") for name in headers)  # also a quantised one
     if merged:
         headers = {name: header for name, header in headers.items() if is_ahn_tensor(name)}
     _check_names(headers, memory, shape, options, label)
@@ -58,6 +61,9 @@ def _check_names(
     allowed = expected.keys() | unused_tensors(memory, shape, options).keys()
     missing = [name for name in expected if name not in headers]
     surplus = [name for name in headers if name not in allowed]
+    for name in surplus:
+        if name.rpartition(".")[2] in _QUANTISED:
+            raise AHNError(f"{label}: {name} is of a quantised AHN, expected one that is not, whatever its base is")
     problems = []
     if missing:
         problems.append(f"{missing[0]} is missing" + _others(missing))

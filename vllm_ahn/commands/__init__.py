@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_ahn import __version__, tiny
-from vllm_ahn.commands import cost, doctor, eval, inspect, perplexity, tasks
+from vllm_ahn.commands import cost, distill, doctor, eval, inspect, perplexity, tasks
 from vllm_ahn.errors import AHNError
 
 _COMMANDS = (
@@ -18,6 +18,7 @@ _COMMANDS = (
         inspect,
         "describe an AHN checkpoint: memory, shapes, parameters, base, and what serving would use",
     ),
+    ("distill", distill, "train an AHN for a base model by self-distillation, to serve it with"),
     ("eval", eval, "run evaluation suites with full attention, sinks + window and AHN, beside the paper's figures"),
     ("perplexity", perplexity, "measure perplexity and cache by position over a text, for the same methods"),
     ("cost", cost, "say what long sequences cost, with AHN and without: FLOPs and cache"),

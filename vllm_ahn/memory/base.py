@@ -6,10 +6,14 @@ from typing import ClassVar
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 NORM_EPS = 1e-5
 """Epsilon of the memory's own norm, whatever the base model's is."""
+
+_PARAMETERS = {"o_proj.weight": "out_proj.weight", "q_proj.weight": "query_proj.weight"}
+"""Checkpoint name -> our parameter. vLLM picks the modules that take LoRA by the last part of their names, and these
+are not the base's ``o_proj`` and ``q_proj``."""
 
 
 class Memory(nn.Module, ABC):
@@ -24,7 +28,6 @@ class Memory(nn.Module, ABC):
         total_num_heads: query heads of the model, over all ranks.
         head_size: size of a head.
         use_q_proj: the memory has a query projection of its own (GatedDeltaNet only).
-        prefix: name of this module in the model.
     """
 
     delta: ClassVar[bool]
@@ -37,27 +40,16 @@ class Memory(nn.Module, ABC):
     shared_by_heads: ClassVar[frozenset[str]] = frozenset()
     """Tensors that all heads share. The first axis of all others runs over heads, and every rank takes its part."""
 
-    def __init__(
-        self, hidden_size: int, total_num_heads: int, head_size: int, *, use_q_proj: bool = False, prefix: str = ""
-    ) -> None:
+    def __init__(self, hidden_size: int, total_num_heads: int, head_size: int, *, use_q_proj: bool = False) -> None:
         super().__init__()
         self.tp_rank = get_tensor_model_parallel_rank()
         self.tp_size = get_tensor_model_parallel_world_size()
         self.total_num_heads = total_num_heads
         self.num_heads = total_num_heads // self.tp_size
         self.head_size = head_size
-        # One matrix for all projections: a decode step is bound by the number of launches, not by these few columns.
-        # They are never quantised, whatever the base model's linear layers are.
-        self.in_proj = MergedColumnParallelLinear(
-            hidden_size,
-            [total_num_heads] * len(self.projections),
-            bias=self.projection_bias,
-            quant_config=None,
-            prefix=f"{prefix}.in_proj",
-            return_bias=False,
-        )
-        self.o_proj = PerHeadLinear(self.num_heads, head_size)
-        self.q_proj = PerHeadLinear(self.num_heads, head_size) if use_q_proj else None
+        self.in_proj = HeadProjections(hidden_size, self.num_heads, len(self.projections), self.projection_bias)
+        self.out_proj = PerHeadLinear(self.num_heads, head_size)
+        self.query_proj = PerHeadLinear(self.num_heads, head_size) if use_q_proj else None
 
     @property
     def scale(self) -> float:
@@ -111,7 +103,7 @@ class Memory(nn.Module, ABC):
         Returns:
             ``[num_tokens, num_heads, head_size]`` in the model dtype.
         """
-        return self.o_proj(self.normalise(o, z))
+        return self.out_proj(self.normalise(o, z))
 
     def load_weight(self, name: str, weight: torch.Tensor) -> str | None:
         """Take one checkpoint tensor.
@@ -123,15 +115,44 @@ class Memory(nn.Module, ABC):
         Returns:
             Name of the parameter that received it, relative to this module, or None if nothing here needs it.
         """
-        module, _, kind = name.rpartition(".")
-        if module in self.projections:
-            projection = getattr(self.in_proj, kind)
-            projection.weight_loader(projection, weight, self.projections.index(module))
-            return f"in_proj.{kind}"
         if name not in self.shared_by_heads:
             weight = weight.chunk(self.tp_size)[self.tp_rank]
+        module, _, kind = name.rpartition(".")
+        if module in self.projections:
+            self.in_proj.load_weight(kind, self.projections.index(module), weight)
+            return f"in_proj.{kind}"
+        name = _PARAMETERS.get(name, name)
         self.get_parameter(name).data.copy_(weight)
         return name
+
+
+class HeadProjections(nn.Module):
+    """Projections of the hidden states, each to one value a head, in one matrix.
+
+    One, because a decode step is bound by the number of launches, not by these few columns.
+
+    It is none of vLLM's linear layers, which quantisation and LoRA take for the base's, but is computed as an
+    unquantised one is: vLLM's loader finds ``quant_method`` and packs the weight where the device's kernels want it.
+
+    Attributes:
+        weight: ``[count * num_heads, hidden_size]`` in the model dtype.
+        bias: ``[count * num_heads]`` in the model dtype, or None.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, count: int, bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.quant_method = UnquantizedLinearMethod()
+        self.weight = nn.Parameter(torch.empty(count * num_heads, hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(count * num_heads), requires_grad=False) if bias else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map ``[num_tokens, hidden_size]`` to ``[num_tokens, count * num_heads]``, both in the model dtype."""
+        return self.quant_method.apply(self, hidden_states, self.bias)
+
+    def load_weight(self, kind: str, index: int, weight: torch.Tensor) -> None:
+        """Take the "weight" or "bias" of the projection ``index``, this rank's heads only."""
+        self.get_parameter(kind).data[index * self.num_heads :][: self.num_heads].copy_(weight)
 
 
 class PerHeadLinear(nn.Module):

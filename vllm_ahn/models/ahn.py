@@ -14,7 +14,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP, SupportsQuant
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
@@ -27,6 +27,7 @@ from vllm_ahn.attention.layer import AHNAttention
 from vllm_ahn.attention.op import QUALIFIED_NAME
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.memory import MEMORY_CLASSES, Memory, Router
+from vllm_ahn.plugin import lora
 
 
 class AHN(nn.Module):
@@ -61,7 +62,6 @@ class AHNDecoderLayer(nn.Module):
                 attention.total_num_heads,
                 attention.head_dim,
                 use_q_proj=ahn_config.use_q_proj,
-                prefix=f"{prefix}.ahn.fn",
             )
             self.ahn = AHN(memory)
             if ahn_config.use_router:
@@ -100,10 +100,10 @@ class AHNDecoderLayer(nn.Module):
         gates = z = memory_query = None
         if memory is not None:
             gates, z = memory.project(hidden_states)
-            if memory.q_proj is not None:
+            if memory.query_proj is not None:
                 # RoPE may work in place, so the memory's query is taken from the raw one before it.
                 by_head = raw_query.unflatten(-1, (attention.num_heads, attention.head_dim))
-                memory_query = memory.q_proj(by_head).flatten(-2)
+                memory_query = memory.query_proj(by_head).flatten(-2)
                 memory_query, _ = attention.rotary_emb(positions, memory_query)
         query = raw_query
         if hasattr(attention, "q_norm"):
@@ -130,25 +130,24 @@ def cut_out_of_graphs(config: CompilationConfig) -> None:
         config.splitting_ops.append(QUALIFIED_NAME)
 
 
-class AHNForCausalLM(nn.Module, SupportsPP):
+class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
     """A causal language model over a base's ``Model`` class, with AHN tensors from a second source.
 
-    Subclasses set :attr:`model_class`.
+    Subclasses set :attr:`model_class`, and what quantisation and LoRA have to know of the base's names:
+    ``hf_to_vllm_mapper``, ``packed_modules_mapping`` and ``embedding_modules``. Nothing of the AHN is quantised or
+    takes LoRA, since none of its modules is a linear layer of vLLM's.
     """
 
     model_class: ClassVar[type[nn.Module]]
     """The base's ``Model`` class over AHN decoder layers, compiled by vLLM."""
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         cut_out_of_graphs(vllm_config.compilation_config)
+        if vllm_config.lora_config is not None:
+            lora.guard_workers()
         config = vllm_config.model_config.hf_config.get_text_config()
         self.config = config
-        self.quant_config = vllm_config.quant_config
         self.model = self.model_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if not get_pp_group().is_last_rank:
             self.lm_head: nn.Module = PPMissingLayer()

@@ -2,7 +2,7 @@
 
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 
 from vllm_ahn.models.ahn import AHNDecoderLayer, AHNForCausalLM
 
@@ -22,4 +22,6 @@ class AHNQwen2Model(Qwen2Model):
 
 class AHNQwen2ForCausalLM(AHNForCausalLM):
     model_class = AHNQwen2Model
-    hf_to_vllm_mapper = Qwen2Model.hf_to_vllm_mapper
+    hf_to_vllm_mapper = Qwen2ForCausalLM.hf_to_vllm_mapper
+    packed_modules_mapping = Qwen2ForCausalLM.packed_modules_mapping
+    embedding_modules = Qwen2ForCausalLM.embedding_modules

@@ -3,7 +3,7 @@
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen2 import Qwen2Model
-from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
 from vllm_ahn.models.ahn import AHNDecoderLayer, AHNForCausalLM
 from vllm_ahn.models.qwen2 import TOKENS_ARE_DYNAMIC
@@ -21,4 +21,6 @@ class AHNQwen3Model(Qwen2Model):
 
 class AHNQwen3ForCausalLM(AHNForCausalLM):
     model_class = AHNQwen3Model
-    hf_to_vllm_mapper = Qwen3Model.hf_to_vllm_mapper
+    hf_to_vllm_mapper = Qwen3ForCausalLM.hf_to_vllm_mapper
+    packed_modules_mapping = Qwen3ForCausalLM.packed_modules_mapping
+    embedding_modules = Qwen3ForCausalLM.embedding_modules

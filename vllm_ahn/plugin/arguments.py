@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vllm_ahn import checkpoint
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig, parse_length
 from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin import features, overrides, setting
+from vllm_ahn.plugin import features, lora, overrides, setting
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -201,6 +201,8 @@ def _patch_create_engine_config(engine_args: type[EngineArgs]) -> None:
             config = original(self, *args, **kwargs)
             if features.is_resolved(features.ahn_setting(config.additional_config)):
                 features.check_config(config)
+                if config.lora_config is not None:
+                    lora.guard_requests()
         except Exception as error:
             ours = _ahn_error(error)
             if ours is None:

@@ -41,6 +41,8 @@ class Wanted:
     kv_connector: str | None = None
     kv_offloading_size: float | None = None
     cache_dtype: str = "auto"
+    base_cache: str | None = None
+    """Where the base's config.json asks for a quantised KV cache, which "auto" would then mean."""
     model_dtype: str | None = None
     """The model's dtype, None while it is open."""
     mamba_cache_dtype: str = "auto"
@@ -50,7 +52,6 @@ class Wanted:
     disable_hybrid_kv_cache_manager: bool = False
     kv_sharing_fast_prefill: bool = False
     microbatches: bool = False
-    lora: bool = False
     device_type: str = "cpu"
     """What vLLM runs on in this environment, as its platform calls it."""
     runs_triton: bool = False
@@ -92,7 +93,6 @@ class Wanted:
             disable_hybrid_kv_cache_manager=bool(args.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=args.kv_sharing_fast_prefill,
             microbatches=bool(args.enable_dbo) or args.ubatch_size > 1,
-            lora=args.enable_lora,
             device_type=_device_type(),
             runs_triton=runs_triton(),
             has_flash_attention=_has_flash_attention(),
@@ -120,6 +120,7 @@ class Wanted:
             kv_connector=None if connector is None else _connector_name(connector),
             kv_offloading_size=cache.kv_offloading_size,
             cache_dtype=_text(cache.cache_dtype),
+            base_cache=_quantised_cache(model.hf_config),
             model_dtype=str(model.dtype).removeprefix("torch."),
             mamba_cache_dtype=_text(cache.mamba_cache_dtype),
             mamba_ssm_cache_dtype=_text(cache.mamba_ssm_cache_dtype),
@@ -128,7 +129,6 @@ class Wanted:
             disable_hybrid_kv_cache_manager=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
             microbatches=parallel.use_ubatching,
-            lora=config.lora_config is not None,
             device_type=_device_type(),
             runs_triton=runs_triton(),
             has_flash_attention=_has_flash_attention(),
@@ -172,7 +172,13 @@ def refusals(wanted: Wanted) -> Iterator[str]:
             "AHN does not work with KV offloading yet, which is a KV connector: leave out "
             f"--kv-offloading-size {wanted.kv_offloading_size:g}"
         )
-    if wanted.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+    if wanted.base_cache is not None and wanted.cache_dtype != wanted.model_dtype:
+        yield (
+            "AHN does not work with a quantised KV cache yet, which the base model asks for "
+            f"({wanted.base_cache} in its config.json): --kv-cache-dtype is {wanted.cache_dtype!r}, expected "
+            f"{wanted.model_dtype!r}"
+        )
+    elif wanted.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         yield (
             "AHN does not work with a quantised KV cache yet: --kv-cache-dtype is "
             f"{wanted.cache_dtype!r}, expected 'auto'"
@@ -212,8 +218,6 @@ def refusals(wanted: Wanted) -> Iterator[str]:
         yield "AHN does not work with KV sharing between layers: leave out --kv-sharing-fast-prefill"
     if wanted.microbatches:
         yield "AHN does not work with microbatching yet: leave out --enable-dbo and --ubatch-size"
-    if wanted.lora:
-        yield "AHN does not work with LoRA yet: leave out --enable-lora"
     if wanted.model_impl not in ("auto", "vllm"):
         yield (
             f"AHN is implemented for vLLM's own models: --model-impl is {wanted.model_impl!r}, expected "
@@ -281,6 +285,18 @@ def _device_type() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type)
+
+
+def _quantised_cache(hf_config: Any) -> str | None:
+    # Compressed-tensors says it by a scheme, ModelOpt by either, in its own section or not.
+    quantisation = getattr(hf_config, "quantization_config", None) or getattr(hf_config, "compression_config", None)
+    if not isinstance(quantisation, dict):
+        return None
+    for section in (quantisation, quantisation.get("quantization")):
+        for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            if isinstance(section, dict) and section.get(key) is not None:
+                return f"{key} of quantization_config"
+    return None
 
 
 def _has_flash_attention() -> bool:

@@ -5,7 +5,7 @@ memories. With ``recurrence="naive"`` it shares no arithmetic with the engine bu
 chunk-parallel recurrence of `vllm_ahn.kernels`, which is the CPU core's as well.
 """
 
-from .loading import from_folders
+from .loading import from_folders, new_memory
 from .model import BaseConfig, Generation, LayerCache, ReferenceModel
 
-__all__ = ["BaseConfig", "Generation", "LayerCache", "ReferenceModel", "from_folders"]
+__all__ = ["BaseConfig", "Generation", "LayerCache", "ReferenceModel", "from_folders", "new_memory"]

@@ -1,10 +1,11 @@
 """What decoder and memory both need: RMS norm, rotary embedding, windowed attention."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-# Scores of one block of queries, elements: 64 MB in float32.
-SCORE_ELEMENTS = 1 << 24
+QUERY_BLOCK = 512
+"""Queries that are attended together."""
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -50,23 +51,25 @@ def window_attention(
     ``[B, T, H, D]``. Queries are taken in blocks and only the keys that a block can see are touched, so that
     memory grows with ``window + sinks``, not with the square of the length.
     """
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    length = q.shape[1]
     total = start + length
     window = total if window is None else min(window, total)
     sinks = min(sinks, total)
-    block = max(1, min(512, SCORE_ELEMENTS // (batch * heads * (window + sinks))))
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    group = q.shape[2] // k.shape[2]
     outputs = []
-    for first in range(0, length, block):
-        last = min(length, first + block)
+    for first in range(0, length, QUERY_BLOCK):
+        last = min(length, first + QUERY_BLOCK)
         low = min(max(start + first - window + 1, sinks), start + last)
         seen = torch.cat((torch.arange(sinks, device=q.device), torch.arange(low, start + last, device=q.device)))
         at = torch.arange(start + first, start + last, device=q.device)[:, None]
         visible = (seen <= at) & ((at - seen < window) | (seen < sinks))
         keys = torch.cat((k[:, :sinks], k[:, low : start + last]), dim=1)
         values = torch.cat((v[:, :sinks], v[:, low : start + last]), dim=1)
-        scores = at_least_float32(torch.einsum("btkgd,bskd->bkgts", q[:, first:last], keys)) * dim**-0.5
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(values.dtype)
-        outputs.append(torch.einsum("bkgts,bskd->btkgd", weights, values))
-    return torch.cat(outputs, dim=1).reshape(batch, length, heads, dim)
+        attended = F.scaled_dot_product_attention(
+            q[:, first:last].transpose(1, 2),
+            keys.repeat_interleave(group, dim=2).transpose(1, 2),
+            values.repeat_interleave(group, dim=2).transpose(1, 2),
+            attn_mask=visible,
+        )
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, dim=1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_ahn.checkpoint.tensors import is_ahn_tensor
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
 
@@ -59,6 +60,26 @@ def from_folders(
             if name.endswith((".A_log", ".dt_bias")):
                 parameter.data = tensors[name].float()
     return model.eval()
+
+
+def new_memory(
+    base: PathLike, ahn: AHNConfig, recurrence: str = "chunk", dtype: torch.dtype = torch.float32
+) -> ReferenceModel:
+    """The base model in folder `base`, its weights in `dtype`, with a new memory in float32 that adds nothing yet.
+
+    What the memory adds begins at zero, as ``o_proj`` does; all else is drawn from PyTorch's generator. Raises
+    `AHNError` if the folder lacks a config or weights, or the tensors are not exactly a base's.
+    """
+    model = ReferenceModel(BaseConfig.from_dict(_read_config(base)), ahn, recurrence)
+    own = {name: tensor for name, tensor in model.state_dict().items() if is_ahn_tensor(name)}
+    for name in own:
+        if name.endswith(".ahn.fn.o_proj.weight"):
+            own[name].zero_()
+    _load(model, _read_tensors(base) | own, str(base))
+    for name, parameter in model.named_parameters():
+        if not is_ahn_tensor(name):
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _load(model: ReferenceModel, tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -11,7 +11,31 @@ from .layers import RMSNorm, at_least_float32
 NORM_EPS = 1e-5
 """Of the memory's own norm, whatever the base model's is."""
 
-RECURRENCES = {"naive": naive_recurrence, "chunk": chunk_recurrence}
+
+def fla_recurrence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    delta: bool,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`chunk_recurrence` by flash-linear-attention's Triton kernels, for GPUs; ``o`` is in the dtype of ``v``."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    group = q.shape[2] // k.shape[2]
+    q = q.to(v.dtype)
+    k, v = k.to(v.dtype).repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    if delta:
+        return chunk_gated_delta_rule(q, k, v, g, b, scale=scale, initial_state=state, output_final_state=True)
+    rated = (v * b[..., None]).to(v.dtype)
+    return chunk_simple_gla(q, k, rated, g, scale=scale, initial_state=state, output_final_state=True)
+
+
+RECURRENCES = {"naive": naive_recurrence, "chunk": chunk_recurrence, "fla": fla_recurrence}
 
 
 class HeadwiseLinear(nn.Module):
@@ -58,10 +82,12 @@ class Memory(nn.Module):
 
         ``q [B, T, H, D]`` and ``hidden [B, T, hidden_size]`` belong to the tokens that read; ``k``, ``v``
         ``[B, T, Hkv, D]`` and ``g``, ``b`` ``[B, T, H]`` to those that were evicted. ``state [B, H, D, D]``
-        float32 or None for zeros. ``recurrence``: "naive" or "chunk".
+        float32 or None for zeros. ``recurrence``: one of `RECURRENCES`.
         """
         run = RECURRENCES[recurrence]
-        o, state = run(l2_normalize(q), l2_normalize(k), v, g, b, self.scale, self.delta, state)
+        # The recurrence adds up over thousands of tokens: its own choice of dtypes stands, whatever training casts to.
+        with torch.autocast(q.device.type, enabled=False):
+            o, state = run(l2_normalize(q), l2_normalize(k), v, g, b, self.scale, self.delta, state)
         return self.o_proj(self.read_out(o, hidden).to(self.o_proj.weight.dtype)), state
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
@@ -160,7 +161,6 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(base)
         self.post_attention_layernorm = RMSNorm(base.hidden_size, base.rms_norm_eps)
         self.mlp = MLP(base)
-        self.ahn_config = ahn
         self.rope_theta = base.rope_theta
         if ahn is not None and ahn.memory is not None:
             memory = make_memory(ahn.memory, base.hidden_size, heads, base.head_dim, ahn.use_q_proj)
@@ -168,20 +168,22 @@ class DecoderLayer(nn.Module):
             if ahn.use_router:
                 self.ahn_router = Router(heads)
 
-    def forward(self, x: torch.Tensor, cache: LayerCache, recurrence: str) -> torch.Tensor:
-        """``x [B, T, hidden]`` of the tokens after those in `cache`, which is brought up to date."""
+    def forward(self, x: torch.Tensor, cache: LayerCache, ahn: AHNConfig | None, recurrence: str) -> torch.Tensor:
+        """``x [B, T, hidden]`` of the tokens after those in `cache`, which is brought up to date.
+
+        `ahn` says how much the layer sees and whether its memory helps; None is full attention.
+        """
         start, length = cache.length, x.shape[1]
         positions = torch.arange(start, start + length, device=x.device)
         hidden = self.input_layernorm(x)
         q, k, v, raw_q = self.self_attn.project(hidden, positions)
         cache.k, cache.v = _append(cache.k, k), _append(cache.v, v)
-        if self.ahn_config is None:
+        if ahn is None:
             attention = window_attention(q, cache.k, cache.v, start, None, 0)
         else:
-            window, sinks = self.ahn_config.window, self.ahn_config.sinks
-            attention = window_attention(q, cache.k, cache.v, start, window, sinks)
-            if self.ahn_config.memory is not None:
-                attention = attention + self._memory(hidden, q, raw_q, positions, cache, recurrence)
+            attention = window_attention(q, cache.k, cache.v, start, ahn.window, ahn.sinks)
+            if ahn.memory is not None:
+                attention = attention + self._memory(hidden, q, raw_q, positions, cache, ahn, recurrence)
         x = x + self.self_attn.o_proj(attention.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -192,11 +194,12 @@ class DecoderLayer(nn.Module):
         raw_q: torch.Tensor,
         positions: torch.Tensor,
         cache: LayerCache,
+        ahn: AHNConfig,
         recurrence: str,
     ) -> torch.Tensor:
         """What the memory adds to each token at `positions`: ``[B, T, H, D]``, zeros up to ``W + S``."""
-        assert self.ahn_config is not None and cache.k is not None and cache.v is not None
-        window, sinks = self.ahn_config.window, self.ahn_config.sinks
+        assert cache.k is not None and cache.v is not None
+        window, sinks = ahn.window, ahn.sinks
         fn = self.ahn["fn"]
         g, b = fn.gates(hidden)
         cache.g, cache.b = _append(cache.g, g), _append(cache.b, b)
@@ -208,7 +211,7 @@ class DecoderLayer(nn.Module):
             return added
         new = slice(reading - start, end - start)
         old = slice(reading - window, end - window)
-        if isinstance(fn, GatedDeltaNet) and self.ahn_config.use_q_proj:
+        if isinstance(fn, GatedDeltaNet) and ahn.use_q_proj:
             queries = rotate(fn.q_proj(raw_q[:, new]), positions[new], self.rope_theta)
         else:
             queries = q[:, new]
@@ -222,7 +225,7 @@ class DecoderLayer(nn.Module):
             cache.state,
             recurrence,
         )
-        if self.ahn_config.use_router:
+        if ahn.use_router:
             r = at_least_float32(positions[new] - window - sinks + 1) / window
             m = (m * self.ahn_router(r)[..., None]).to(m.dtype)
         return torch.cat((added, m), dim=1)
@@ -231,22 +234,19 @@ class DecoderLayer(nn.Module):
 class ReferenceModel(nn.Module):
     """A whole language model: ``base`` alone (``ahn`` None: full attention) or with an AHN.
 
-    ``recurrence``: "chunk" (fast) or "naive" (token by token). Parameters are named as in checkpoints of the
-    base and of the AHN and are float32 until converted; give `AHNConfig` the window and sinks to use.
+    ``recurrence``: "chunk" (fast), "fla" (on GPUs) or "naive" (token by token). Parameters are named as in checkpoints
+    of the base and of the AHN and are float32 until converted; give `AHNConfig` the window and sinks to use.
     """
 
     def __init__(self, base: BaseConfig, ahn: AHNConfig | None = None, recurrence: str = "chunk") -> None:
         super().__init__()
         if recurrence not in RECURRENCES:
             raise AHNError(f"recurrence is {recurrence!r}, expected one of {', '.join(RECURRENCES)}")
-        full = () if ahn is None else ahn.full_attention_layers
         self.base, self.ahn, self.recurrence = base, ahn, recurrence
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(base.vocab_size, base.hidden_size),
-                "layers": nn.ModuleList(
-                    DecoderLayer(base, None if i in full else ahn) for i in range(base.num_hidden_layers)
-                ),
+                "layers": nn.ModuleList(DecoderLayer(base, _of_layer(i, ahn)) for i in range(base.num_hidden_layers)),
                 "norm": RMSNorm(base.hidden_size, base.rms_norm_eps),
             }
         )
@@ -265,12 +265,28 @@ class ReferenceModel(nn.Module):
         With a `cache` from `new_cache` the tokens continue those of earlier calls. All ``B`` sequences have
         one length.
         """
-        cache = self.new_cache() if cache is None else cache
+        x = self.hidden_states(input_ids, self.ahn, self.new_cache() if cache is None else cache)
+        return self.logits(x if last is None else x[:, -last:])
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, ahn: AHNConfig | None, cache: list[LayerCache] | None = None
+    ) -> torch.Tensor:
+        """The last layer's output ``[B, T, hidden]``, before the norm, with the window, sinks and memory of `ahn`.
+
+        `ahn` may differ from the model's in its lengths, or be None for the base alone. Without a `cache` nothing is
+        kept of a layer but its input: where a gradient is wanted, layers are computed once more for it.
+        """
         x = self.model["embed_tokens"](input_ids.long())
-        for layer, layer_cache in zip(self.model["layers"], cache, strict=True):
-            x = layer(x, layer_cache, self.recurrence)
-        if last is not None:
-            x = x[:, -last:]
+        for index, layer in enumerate(self.model["layers"]):
+            of_layer = _of_layer(index, ahn)
+            if cache is not None:
+                x = layer(x, cache[index], of_layer, self.recurrence)
+            else:
+                x = checkpoint(_without_cache, layer, x, of_layer, self.recurrence, use_reentrant=False)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., vocab]`` of `hidden_states` ``[..., hidden]``."""
         x = self.model["norm"](x)
         if self.base.tie_word_embeddings:
             return F.linear(x, self.model["embed_tokens"].weight)
@@ -285,6 +301,14 @@ class ReferenceModel(nn.Module):
             logits.append(self(logits[-1].argmax(-1), cache))
         stacked = torch.cat(logits, dim=1)
         return Generation(stacked.argmax(-1), stacked, [layer.state for layer in cache])
+
+
+def _of_layer(index: int, ahn: AHNConfig | None) -> AHNConfig | None:
+    return None if ahn is not None and index in ahn.full_attention_layers else ahn
+
+
+def _without_cache(layer: nn.Module, x: torch.Tensor, ahn: AHNConfig | None, recurrence: str) -> torch.Tensor:
+    return layer(x, LayerCache(), ahn, recurrence)
 
 
 def _append(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:

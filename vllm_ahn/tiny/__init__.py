@@ -14,7 +14,7 @@ import pathlib
 import sys
 from typing import Any
 
-from vllm_ahn.checkpoint.options import LAYER_IMPLEMENTATIONS, read_options
+from vllm_ahn.checkpoint.options import read_options
 from vllm_ahn.checkpoint.tensors import BaseShape
 from vllm_ahn.config import MEMORIES
 from vllm_ahn.errors import AHNError
@@ -24,6 +24,20 @@ ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 _MARK = "vllm_ahn_tiny_seed"  # key of the config.json of what this module wrote, and may write again
+
+
+_LEFTOVERS = {
+    "ahn_position": "random",
+    "dy_num_attn_sinks": 128,
+    "dy_sliding_window": 2048,
+    "loss_type": ["kl"],
+    "sliding_window": 256,
+    "sliding_window_type": "random",
+    "use_layerwise_decay": True,
+    "use_normalized_l2": True,
+}
+"""In published checkpoints, left over from training, and here so that tests and demos would notice if anything ever
+read them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +128,13 @@ def make_tiny(
     shape = BaseShape.from_config(config, "make-tiny")
     if shape.head_dim % 2:
         raise AHNError(f"make-tiny: head_dim is {shape.head_dim}, expected an even number, since RoPE turns pairs")
-    ahn_config = {**config, **_ahn_keys(model_type, memory, merged)}
-    ahn_config |= {"use_q_proj": use_q_proj, "use_ahn_router": use_router, "fa_layer_ids": fa_layer_ids}
-    options = read_options(ahn_config, shape, "make-tiny")
+    asked = {"use_q_proj": use_q_proj, "use_ahn_router": use_router, "fa_layer_ids": fa_layer_ids}
+    options = read_options({**asked, "_ahn_implementation": memory}, shape, "make-tiny")
 
-    from vllm_ahn.tiny.weights import Tensors, ahn_tensors, base_tensors, write_weights
+    from vllm_ahn.checkpoint.writer import ahn_config, write_json, write_weights
+    from vllm_ahn.tiny.weights import Tensors, ahn_tensors, base_tensors
 
+    with_ahn = {**ahn_config(config, memory, options), **_LEFTOVERS, "save_ahn_only": not merged}
     base: Tensors = {}
     ahn: Tensors = {}
     if weights:
@@ -127,15 +142,15 @@ def make_tiny(
     folder = pathlib.Path(folder)
     if merged:
         paths = TinyPaths(folder / "merged", None)
-        parts = {paths.base: (ahn_config, base | ahn)}
+        parts = {paths.base: (with_ahn, base | ahn)}
     else:
         paths = TinyPaths(folder / "base", folder / "ahn")
-        parts = {folder / "base": (config, base), folder / "ahn": (ahn_config, ahn)}
+        parts = {folder / "base": (config, base), folder / "ahn": (with_ahn, ahn)}
     for part in parts:
         _check_overwrite(part)
     for part, (values, tensors) in parts.items():
         part.mkdir(parents=True, exist_ok=True)
-        _write_json(part / "config.json", {**values, _MARK: seed})
+        write_json(part / "config.json", {**values, _MARK: seed})
         if weights:
             write_weights(part, tensors, dtype, shards)
     write_tokenizer(paths.base, vocab)
@@ -144,7 +159,7 @@ def make_tiny(
         "eos_token_id": [end_of_turn, end_of_text],
         "pad_token_id": end_of_text,
     }
-    _write_json(paths.base / "generation_config.json", ends)
+    write_json(paths.base / "generation_config.json", ends)
     return paths
 
 
@@ -158,28 +173,6 @@ def _check_overwrite(part: pathlib.Path) -> None:
     except (OSError, ValueError, TypeError):
         pass
     raise AHNError(f"{part}: exists and was not made by make-tiny, expected a folder without it")
-
-
-def _ahn_keys(model_type: str, memory: str, merged: bool) -> dict[str, Any]:
-    # Only the first two mean anything to serving. The others are in published checkpoints, left over from
-    # training, and are here so that tests and demos would notice if anything ever read them.
-    return {
-        "_ahn_implementation": memory,
-        "_layer_implementation": next(layer for layer, base in LAYER_IMPLEMENTATIONS.items() if base == model_type),
-        "ahn_position": "random",
-        "dy_num_attn_sinks": 128,
-        "dy_sliding_window": 2048,
-        "loss_type": ["kl"],
-        "save_ahn_only": not merged,
-        "sliding_window": 256,
-        "sliding_window_type": "random",
-        "use_layerwise_decay": True,
-        "use_normalized_l2": True,
-    }
-
-
-def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,22 +4,16 @@ size."""
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from vllm_ahn.checkpoint.headers import INDEX_NAME
 from vllm_ahn.checkpoint.tensors import BaseShape, Options, expected_tensors, unused_tensors
 from vllm_ahn.tiny.tokenizer import unreadable_tokens
 
 Tensors = dict[str, torch.Tensor]
-
-_KEPT_FLOAT32 = (".A_log", ".dt_bias")  # exponents of the decay: bf16 would change how long a memory lasts
 
 
 def base_tensors(config: Mapping[str, Any], shape: BaseShape, seed: int) -> Tensors:
@@ -66,32 +60,6 @@ def ahn_tensors(memory: str, shape: BaseShape, options: Options, seed: int) -> T
     """A random AHN in float32, with all the tensors of a published checkpoint, the unused ones among them."""
     dims = expected_tensors(memory, shape, options) | unused_tensors(memory, shape, options)
     return {name: random_values(name, size, seed) for name, size in dims.items()}
-
-
-def write_weights(folder: pathlib.Path, tensors: Tensors, dtype: str, shards: int) -> None:
-    """Writes `tensors` in `dtype` (a name such as "bfloat16") to one file, or to `shards` files and their
-    index."""
-    target = getattr(torch, dtype)
-    cast = {
-        name: tensors[name].to(torch.float32 if name.endswith(_KEPT_FLOAT32) else target).contiguous()
-        for name in sorted(tensors)
-    }
-    # What an earlier call left here must not be read along with what this one writes.
-    for old in [*folder.glob("*.safetensors"), folder / INDEX_NAME]:
-        old.unlink(missing_ok=True)
-    if shards == 1:
-        save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for n in range(shards):
-        file = f"model-{n + 1:05}-of-{shards:05}.safetensors"
-        part = {name: cast[name] for name in list(cast)[n::shards]}
-        weight_map |= dict.fromkeys(part, file)
-        if part:
-            save_file(part, folder / file, metadata={"format": "pt"})
-    size = sum(tensor.numel() * tensor.element_size() for tensor in cast.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def random_values(

@@ -165,7 +165,7 @@ def read(
             z,
             rows,
             memory.norm.weight,
-            memory.o_proj.weight,
+            memory.out_proj.weight,
             output,
             squares=squares,
             norm_size=size,
@@ -173,4 +173,4 @@ def read(
         )
     else:
         assert isinstance(memory, DeltaNet)
-        read_out(o, z, rows, memory.o_norm.weight, memory.o_proj.weight, output, router=weights)
+        read_out(o, z, rows, memory.o_norm.weight, memory.out_proj.weight, output, router=weights)

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_ahn.attention.core import core
 from vllm_ahn.attention.gpu.backend import choose_attention
 from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataPlanner
-from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.cache.specs import window_spec
 
 if TYPE_CHECKING:
     from vllm_ahn.attention.layer import AHNAttention
@@ -49,17 +49,7 @@ def warm_up(layer: "AHNAttention") -> None:
     pages, state_pages, memory = layer.pages, layer.state.pages, layer.memory
     assert pages is not None and state_pages is not None and memory is not None
     layout, config = pages.layout, layer.config
-    spec = AHNWindowSpec(
-        block_size=layout.block_size,
-        num_kv_heads=layout.num_kv_heads,
-        head_size=layout.head_size,
-        dtype=layout.dtype,
-        state_content_bytes=layout.content_bytes,
-        dcp_sharded=False,
-        window=config.window,
-        sinks=config.sinks,
-        max_in_flight_tokens=0,
-    )
+    spec = window_spec(layout, window=config.window, sinks=config.sinks)
     device = pages.pages.device
     attention = choose_attention(spec, layer.vllm_config, device)
     planner = AHNGpuMetadataPlanner(spec, attention, max_requests=2, max_tokens=1 + CHUNK, device=device)
