@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -48,7 +47,6 @@ from engine_process import EngineError, EngineProcess
 from engine_report import judge, markdown
 from engine_rows import DEFAULT_ROWS, ROWS, SHAPES, Setting, arguments, write_models
 from ladder import Ladder, Rungs
-from machine import describe
 from prompts import prompt
 from stepped_engine import Choice
 
@@ -100,10 +98,7 @@ def main() -> None:
     except Mismatch as error:
         sys.exit(f"not verified: {error}")
     result: dict[str, Any] = {
-        "command": report.command(),
-        "machine": describe(),
-        "seconds": time.monotonic() - started,
-        "setting": dataclasses.asdict(setting),
+        **report.head(setting, started),
         "engines": run.info,
         "verified": run.verified,
         "missing": run.missing,
@@ -116,9 +111,6 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """The options; those without a default take it from `REAL` or `TINY`."""
 
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(number) for number in text.split(","))
-
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = result.add_mutually_exclusive_group()
     shape.add_argument("--model", choices=[name for name in SHAPES if name != "tiny"], help="default: 3B")
@@ -126,10 +118,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--layers", type=int, help="of the model; default: all")
     result.add_argument("--dtype", choices=list(TOLERANCE))
     result.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}; default: %(default)s")
-    result.add_argument("--contexts", type=numbers, help="tokens, with commas")
+    result.add_argument("--contexts", type=report.numbers, help="tokens, with commas")
     result.add_argument("--window", type=int)
     result.add_argument("--sinks", type=int)
-    result.add_argument("--batches", type=numbers, help="to measure at, besides the most that fits; default: 1,2,4,...")
+    result.add_argument(
+        "--batches", type=report.numbers, help="to measure at, besides the most that fits; default: 1,2,4,..."
+    )
     result.add_argument("--max-batch", type=int, help="sequences at a time, at most")
     result.add_argument("--sequences", type=int, help="size of a cache; 0: all memory that vLLM takes")
     result.add_argument("--alone", action="store_true", help="one engine at a time, for models too large side by side")
@@ -204,7 +198,7 @@ class Run:
     @contextlib.contextmanager
     def engines(self, rows: list[str], seed: int, *, eager: bool) -> Iterator[dict[str, EngineProcess]]:
         """Engines of ``rows``, started together. A row may turn out to be missing."""
-        say(f"starting {'eager ' if eager else ''}{', '.join(rows)}")
+        report.say(f"starting {'eager ' if eager else ''}{', '.join(rows)}")
         engines = {}
         try:
             for row in rows:
@@ -263,7 +257,7 @@ class Run:
         answers = engine.choices(self.prompts, ANSWER, LOGPROBS)
         agreement = compare(self.answers[row], answers, self.setting.tolerance, names("eager", row, self.prompts))
         self.verified[f"{row}, eager"] = agreement.describe()
-        say(f"{row} and eager: {agreement.describe()}")
+        report.say(f"{row} and eager: {agreement.describe()}")
 
     def climb(self, engines: dict[str, EngineProcess], context: int, deadline: float) -> dict[str, Any]:
         """One context: the rows take turns, the first one alternating."""
@@ -293,13 +287,13 @@ class Run:
             for ladder in ladders.values():
                 ladder.grow(batch, deadline)
             self.decode([ladder for ladder in ladders.values() if ladder.batch == batch])
-            say(f"{context} tokens: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in ladders.items()))
+            report.say(f"{context} tokens: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in ladders.items()))
         for number, ladder in enumerate(ladders.values()):
             ladder.fill(part(deadline, 1 / (len(ladders) - number)))
         self.decode(list(ladders.values()))
         for ladder in ladders.values():
             ladder.engine.release()
-        say(f"{context} tokens, full: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in ladders.items()))
+        report.say(f"{context} tokens, full: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in ladders.items()))
         return {row: ladder.result() for row, ladder in ladders.items()}
 
     def decode(self, ladders: list[Ladder]) -> None:
@@ -334,11 +328,6 @@ def part(deadline: float, share: float) -> float:
     """The end of the next ``share`` of the time until ``deadline``."""
     now = time.monotonic()
     return deadline if math.isinf(deadline) else now + share * (deadline - now)
-
-
-def say(text: str) -> None:
-    """How far the run is."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

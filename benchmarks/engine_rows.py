@@ -1,4 +1,4 @@
-"""What `engine.py` compares: models, rows, and the arguments of each row's engine."""
+"""What `engine.py` and `length.py` compare: models, rows, and the arguments of each row's engine."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers": 28,
         "vocab": 152064,
         "tie_word_embeddings": False,
+    },
+    "0.5B": {
+        "hidden": 896,
+        "intermediate": 4864,
+        "heads": 14,
+        "kv_heads": 2,
+        "layers": 24,
+        "vocab": 151936,
+        "tie_word_embeddings": True,
     },
     "tiny": {
         "hidden": 128,
@@ -68,8 +77,8 @@ DEFAULT_ROWS = ("full", "full-fp8", "window", "ahn-gdn")
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """One comparison: what all its rows have in common. Lengths are in tokens."""
+class Comparison:
+    """What the models and engines of all rows have in common. Lengths are in tokens."""
 
     model: str
     layers: int
@@ -79,17 +88,13 @@ class Setting:
     """Longest first, so that what a time budget cuts off is the lesser part."""
     window: int
     sinks: int
-    batches: tuple[int, ...]
     max_batch: int
     sequences: int
     """Cache of an engine: what so many sequences of the longest context take with full attention; 0: all vLLM takes."""
-    alone: bool
-    """One engine at a time, where otherwise all live side by side and take turns."""
     budget: int
     steps: int
     repetitions: int
     tolerance: float
-    seed: int
     engine: dict[str, Any]
     """Arguments of every engine, over those below."""
 
@@ -121,8 +126,21 @@ class Setting:
         return ROWS[row].memory is None or context <= self.capacity
 
 
-def write_models(setting: Setting, folder: Path) -> dict[str, Path]:
-    """Writes configurations without weights; returns the folder of the base as "base", of each AHN by its memory."""
+@dataclasses.dataclass(frozen=True)
+class Setting(Comparison):
+    """One comparison of `engine.py`."""
+
+    batches: tuple[int, ...]
+    alone: bool
+    """One engine at a time, where otherwise all live side by side and take turns."""
+    seed: int
+
+
+def write_models(setting: Comparison, folder: Path, *, weights: bool = False) -> dict[str, Path]:
+    """Writes configurations, and ``weights`` if wanted.
+
+    Returns the folder of the base as "base", of each AHN by its memory.
+    """
     folders: dict[str, Path] = {}
     wanted = [ROWS[row].memory for row in setting.rows]
     for memory in [memory for memory in MEMORIES if memory in wanted] or MEMORIES[:1]:  # the base comes with any
@@ -131,7 +149,7 @@ def write_models(setting: Setting, folder: Path) -> dict[str, Path]:
             memory=memory,
             dtype=setting.dtype,
             max_position_embeddings=max(setting.contexts),
-            weights=False,
+            weights=weights,
             **setting.shape,
         )
         folders.setdefault("base", paths.base)
@@ -140,7 +158,7 @@ def write_models(setting: Setting, folder: Path) -> dict[str, Path]:
     return folders
 
 
-def arguments(setting: Setting, row: str, folders: dict[str, Path], *, eager: bool) -> dict[str, Any]:
+def arguments(setting: Comparison, row: str, folders: dict[str, Path], *, eager: bool) -> dict[str, Any]:
     """The arguments of `vllm.LLM` for one row, the eager one to verify by or the one to measure."""
     memory = ROWS[row].memory
     values: dict[str, Any] = {

@@ -121,7 +121,8 @@ def test_plot(suffix: str, model: str, tmp_path: Path, capsys: pytest.CaptureFix
             "full attention, fp8",
             "sinks + window",
             "AHN, GatedDeltaNet",
-            "128,000 tokens: 28 % of full",
+            "128,000 tokens:",
+            "28 % of full",
             "8.79 GiB",
             "tokens of the sequence, thousands",
         ):

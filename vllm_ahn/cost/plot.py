@@ -9,11 +9,9 @@ from typing import Any
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.cost import flops
 from vllm_ahn.cost.allocation import FP8, Allocation, ahn_attention, full_attention
+from vllm_ahn.cost.curves import AHN, FP8_CACHE, FULL, STYLE, WINDOW, spread
 from vllm_ahn.cost.report import Question
 from vllm_ahn.errors import AHNError
-
-# Blue and vermilion of Okabe and Ito's palette, which colour-blind readers tell apart, and greys for full attention.
-_FULL, _FP8, _WINDOW, _AHN = "#404040", "#8c8c8c", "#0072b2", "#d55e00"
 
 Curve = tuple[str, str, Callable[[int], float]]
 """Label, colour, and the value at a length."""
@@ -32,7 +30,7 @@ def plot(question: Question, file: pathlib.Path) -> None:
 
     capacity = question.configs[0].capacity
     end = max(2 * max(question.lengths), 4 * capacity)
-    with pyplot.rc_context({"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "svg.hashsalt": "cost"}):
+    with pyplot.rc_context(STYLE | {"font.size": 10}):
         figure, (cache, work) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
         _draw(cache, _cache_curves(question), question, end)
         _draw(work, _flops_curves(question), question, end)
@@ -71,10 +69,10 @@ def _cache_curves(question: Question) -> list[Curve]:
     curves: list[Curve] = [
         (
             f"full attention, {settings.dtype}",
-            _FULL,
+            FULL,
             held(lambda length: full_attention(shape, settings, length, settings.dtype)),
         ),
-        ("full attention, fp8", _FP8, held(lambda length: full_attention(shape, settings, length, FP8))),
+        ("full attention, fp8", FP8_CACHE, held(lambda length: full_attention(shape, settings, length, FP8))),
     ]
     for name, colour, config in _rows(question.configs):
 
@@ -87,7 +85,7 @@ def _cache_curves(question: Question) -> list[Curve]:
 
 def _flops_curves(question: Question) -> list[Curve]:
     shape = question.model.shape
-    curves: list[Curve] = [("full attention", _FULL, lambda length: flops.model_flops(shape, length, None))]
+    curves: list[Curve] = [("full attention", FULL, lambda length: flops.model_flops(shape, length, None))]
     for name, colour, config in _rows(question.configs):
 
         def work(length: int, config: AHNConfig = config) -> float:
@@ -98,8 +96,8 @@ def _flops_curves(question: Question) -> list[Curve]:
 
 
 def _rows(configs: Sequence[AHNConfig]) -> list[tuple[str, str, AHNConfig]]:
-    rows = [("sinks + window", _WINDOW, configs[0])]
-    return rows + [(f"AHN, {config.memory}", _AHN, config) for config in configs[1:2]]
+    rows = [("sinks + window", WINDOW, configs[0])]
+    return rows + [(f"AHN, {config.memory}", AHN, config) for config in configs[1:2]]
 
 
 def _draw(axes: Any, curves: Sequence[Curve], question: Question, end: int) -> None:
@@ -115,7 +113,7 @@ def _draw(axes: Any, curves: Sequence[Curve], question: Question, end: int) -> N
         axes.plot(xs, ys, color=colour, linewidth=2)
         ends.append((ys[-1], label, colour))
     top = max(y for y, _, _ in ends)
-    for y, (value, label, colour) in _spread(ends, 0.11 * top):
+    for y, (value, label, colour) in spread(ends, 0.11 * top):
         axes.text(end / thousand * 1.02, y, f"{label}\n{value:.3g} {unit}", color=colour, va="center", linespacing=1.15)
     for row, length in enumerate(sorted(set(question.lengths))):
         index, x = lengths.index(length), length / thousand
@@ -124,8 +122,8 @@ def _draw(axes: Any, curves: Sequence[Curve], question: Question, end: int) -> N
         axes.plot(x, last / per, "o", color=curves[-1][1], markersize=5)
         # Above all curves, which are low wherever a length that was asked for can be; one under the other.
         axes.annotate(
-            f"{length:,} tokens: {100 * last / full:.0f} % of full",
-            (x, 1 - 0.06 * row),
+            f"{length:,} tokens:\n{100 * last / full:.0f} % of full",
+            (x, 1 - 0.13 * row),
             (-4 if x > 0.25 * end / thousand else 4, 0),
             xycoords=axes.get_xaxis_transform(),
             textcoords="offset points",
@@ -138,7 +136,6 @@ def _draw(axes: Any, curves: Sequence[Curve], question: Question, end: int) -> N
     axes.set_ylim(0, top * 1.04)
     axes.set_xlabel("tokens of the sequence, thousands")
     axes.set_ylabel(unit)
-    axes.spines["right"].set_visible(False)
 
 
 def _unit(most: float, is_cache: bool) -> tuple[str, float]:
@@ -148,19 +145,3 @@ def _unit(most: float, is_cache: bool) -> tuple[str, float]:
         else (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
     )
     return next((unit for unit in units if most >= unit[1] / 2), units[-1])
-
-
-def _spread(ends: Sequence[tuple[float, str, str]], gap: float) -> list[tuple[float, tuple[float, str, str]]]:
-    """Heights for labels of curves that end at `ends`: at least `gap` apart, around their middle where they meet."""
-    clusters: list[list[tuple[float, str, str]]] = []
-    for entry in sorted(ends):
-        if clusters and entry[0] - clusters[-1][-1][0] < gap:
-            clusters[-1].append(entry)
-        else:
-            clusters.append([entry])
-    placed = []
-    for cluster in clusters:
-        middle = sum(value for value, _, _ in cluster) / len(cluster)
-        lowest = max(gap / 2, middle - gap * (len(cluster) - 1) / 2)
-        placed += [(lowest + gap * index, entry) for index, entry in enumerate(cluster)]
-    return placed

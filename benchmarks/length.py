@@ -1,0 +1,271 @@
+"""Cache and time per token over the length of the context: full attention, sinks + window, and an AHN.
+
+    python benchmarks/length.py [--contexts 512,1024,...] [--layers 4] [--threads 1] [--output FILE] ...
+
+One request at a time in each of three engines, on a random model of Qwen2.5-0.5B's shape with 4 layers; the AHN is
+GatedDeltaNet, W = 992, S = 32, blocks of 32 tokens. At every length each engine computes a prompt; then the engines
+take turns of some decode steps each, over and over, so that what else the machine does falls on all of them. Ratios
+are between turns of one round, the median over all; a time per token is the median over the turns of the fastest
+repetition, since other work only adds to it. Lengths go up in the first repetition, down in the next. What a request
+holds is the engine's own count of blocks between steps, times the bytes of a block. A length is that of the context at
+the end of the measurement: prompt and answer together.
+
+Before anything is timed, tokens are checked: inside the window against full attention's, past it against the reference
+in float32. A mismatch ends the program with a sentence and exit code 1.
+
+Runs on a CPU or a GPU. One OpenMP thread an engine by default: see `serving.py`. Writes a figure, which needs
+matplotlib, and its numbers: ``results/length-cpu.svg``, ``.md`` and ``.json`` beside this file. ``--tiny`` is a smaller
+model at shorter lengths: what it shows is that the benchmark works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+from agreement import Mismatch
+from checks import check_inside, check_past
+from engine_process import EngineProcess
+from engine_rows import ROWS, SHAPES, Comparison, arguments, write_models
+from length_report import draw, markdown
+from prompts import prompt
+
+from vllm_ahn.config import NO_MEMORY
+from vllm_ahn.evaluation.plot import check_plot
+
+FULL, WINDOW, AHN = "full", "window", "ahn-gdn"
+REQUESTS, ANSWER = 4, 32
+"""What is checked: so many requests at once, so many tokens each."""
+
+REAL: dict[str, Any] = {
+    "model": "0.5B",
+    "layers": 4,
+    "dtype": "bfloat16",
+    "contexts": (512, 1024, 2048, 4096, 8192, 16384, 32768),
+    "window": 992,
+    "sinks": 32,
+    "budget": 2048,
+    "steps": 16,
+    "rounds": 6,
+    "repetitions": 2,
+}
+TINY: dict[str, Any] = {
+    "model": "tiny",
+    "layers": 2,
+    "dtype": "float32",
+    "contexts": (64, 128, 256, 512),
+    "window": 96,
+    "sinks": 32,
+    "budget": 64,
+    "steps": 4,
+    "rounds": 3,
+    "repetitions": 2,
+}
+TOLERANCE = {"bfloat16": 0.25, "float32": 1e-3}
+"""How much less than the best a token's logit may be in float32 for the engine to choose it; the best is about 4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths(Comparison):
+    """One comparison over lengths."""
+
+    rounds: int
+    """Turns of ``steps`` decode steps that every engine takes at one length, in each repetition."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """What a request may generate: its first token, its turns with one step each that is not timed, and one more,
+        since with its last it would end."""
+        return 1 + self.rounds * (self.steps + 1) + 1
+
+    def prompt(self, context: int, seed: int) -> list[int]:
+        """The prompt of one length, which leaves room for its answer."""
+        # The engine ends a request at its greatest length too.
+        return prompt(context - self.answer_tokens - 1, seed, self.shape["vocab"])
+
+
+def main() -> None:
+    args = parser().parse_args()
+    setting = read_setting(args)
+    plot = args.plot or args.output.with_suffix(".svg")
+    check_plot(plot)
+    started = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
+            folders = write_models(setting, Path(folder), weights=True)
+            with started_engines(setting, folders, args.threads) as engines:
+                verified = verify(setting, engines, folders)
+                repetitions = [measure(setting, engines, number) for number in range(setting.repetitions)]
+                info = {row: engine.info for row, engine in engines.items()}
+    except Mismatch as error:
+        sys.exit(f"not verified: {error}")
+    result: dict[str, Any] = {
+        **report.head(setting, started),
+        "engines": info,
+        "verified": verified,
+        "loads": [repetition["load"] for repetition in repetitions],
+        "contexts": {str(context): figures(setting, info, repetitions, context) for context in setting.contexts[::-1]},
+    }
+    report.write(args.output, result, markdown(setting, result))
+    draw(setting, result, plot)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; those without a default take it from `REAL` or `TINY`."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--tiny", action="store_true", help="a tiny model, window and contexts")
+    result.add_argument("--model", choices=list(SHAPES))
+    result.add_argument("--layers", type=int)
+    result.add_argument("--dtype", choices=list(TOLERANCE))
+    result.add_argument("--contexts", type=report.numbers, help="tokens, with commas")
+    result.add_argument("--window", type=int)
+    result.add_argument("--sinks", type=int)
+    result.add_argument("--budget", type=int, help="tokens a step (max_num_batched_tokens)")
+    result.add_argument("--steps", type=int, help="decode steps of a turn")
+    result.add_argument("--rounds", type=int, help="turns at one length")
+    result.add_argument("--repetitions", type=int)
+    result.add_argument("--threads", type=int, default=1, help="of OpenMP, for each engine")
+    result.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="vllm.LLM's, for all")
+    result.add_argument("--output", type=Path, default=report.FOLDER / "length-cpu", help="without .json and .md")
+    result.add_argument("--plot", type=Path, metavar="FILE", help=".svg, .png or .pdf; default: OUTPUT.svg")
+    return result
+
+
+def read_setting(args: argparse.Namespace) -> Lengths:
+    """What the options say; ends the program with a sentence where they cannot be met."""
+    values = TINY if args.tiny else REAL
+    values = values | {name: value for name, value in vars(args).items() if name in REAL and value is not None}
+    setting = Lengths(
+        **values
+        | {
+            "rows": (FULL, WINDOW, AHN),
+            "contexts": tuple(sorted(values["contexts"], reverse=True)),
+            "max_batch": REQUESTS,
+            "sequences": 4,
+            "tolerance": TOLERANCE[values["dtype"]],
+            # Weights on disk, which the reference reads as well.
+            "engine": {"block_size": 32, "load_format": "auto"} | args.engine_args,
+        }
+    )
+    shortest, longest = setting.contexts[-1], setting.contexts[0]
+    if not setting.prompt(shortest, 0):
+        sys.exit(f"--contexts has {shortest}, expected more than the {setting.answer_tokens + 1} tokens of an answer")
+    if longest < 2 * setting.capacity:
+        sys.exit(f"--contexts ends at {longest}, expected at least twice window and sinks, {2 * setting.capacity}")
+    return setting
+
+
+@contextlib.contextmanager
+def started_engines(
+    setting: Lengths, folders: dict[str, Path], threads: int | None
+) -> Iterator[dict[str, EngineProcess]]:
+    """One engine a row, each in a process of its own."""
+    engines: dict[str, EngineProcess] = {}
+    try:
+        for row in setting.rows:
+            engines[row] = EngineProcess(arguments(setting, row, folders, eager=False), threads)
+            report.say(f"{row} has started in {engines[row].info['start_s']:.0f} s")
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def verify(setting: Lengths, engines: dict[str, EngineProcess], folders: dict[str, Path]) -> dict[str, str]:
+    """Checks tokens, and warms the engines up. Raises `Mismatch` if they are wrong."""
+    from vllm_ahn.reference import from_folders
+
+    vocab = setting.shape["vocab"]
+    inside = [prompt(setting.capacity // 2 - ANSWER, seed, vocab) for seed in range(REQUESTS)]
+    past = [prompt(2 * setting.capacity - ANSWER, seed, vocab) for seed in range(REQUESTS)]
+    verified = {}
+    for row in setting.rows[1:]:
+        memory = ROWS[row].memory
+        verified[f"{ROWS[row].text}, inside the window"] = check_inside(engines[FULL], engines[row], inside, ANSWER)
+        ahn = NO_MEMORY if memory == NO_MEMORY else folders[str(memory)]
+        reference = from_folders(folders["base"], ahn, setting.window, setting.sinks)
+        verified[f"{ROWS[row].text}, past it"] = check_past(
+            engines[FULL], engines[row], reference, past, ANSWER, setting.tolerance
+        )
+    if engines[WINDOW].throughput(past, ANSWER).tokens == engines[AHN].throughput(past, ANSWER).tokens:
+        raise Mismatch("past the window the memory does not change a token, so they show nothing")
+    return verified
+
+
+def measure(setting: Lengths, engines: dict[str, EngineProcess], number: int) -> dict[str, Any]:
+    """One repetition: the load of the machine before it, and by context and row what was measured."""
+    load, started = os.getloadavg()[0], time.monotonic()
+    contexts = setting.contexts if number % 2 else setting.contexts[::-1]
+    measured = {context: measure_at(setting, engines, context, number) for context in contexts}
+    report.say(f"repetition {number + 1}: {time.monotonic() - started:.0f} s, load {load:.1f} before")
+    return {"load": load, "contexts": measured}
+
+
+def measure_at(
+    setting: Lengths, engines: dict[str, EngineProcess], context: int, number: int
+) -> dict[str, dict[str, Any]]:
+    """One length: prompts first, then decode steps by turns, the first one alternating."""
+    tokens = setting.prompt(context, number)
+    measured: dict[str, dict[str, Any]] = {}
+    for row, engine in engines.items():
+        held = engine.hold(tokens, setting.answer_tokens)
+        if held.refused:
+            sys.exit(f"{row} has no room for {context} tokens: {held.refused}")
+        measured[row] = {"first_token_s": held.first_token_s, "rounds_s": [], "blocks": 0}
+    in_turn = list(engines)
+    for _ in range(setting.rounds):
+        for row in in_turn:
+            decoding = engines[row].decode(setting.steps)
+            measured[row]["rounds_s"].append(statistics.median(decoding.steps_s))
+            measured[row]["blocks"] = max(measured[row]["blocks"], decoding.blocks)
+        in_turn.reverse()
+    for engine in engines.values():
+        engine.release()
+    medians = {row: 1e3 * statistics.median(values["rounds_s"]) for row, values in measured.items()}
+    report.say(f"{context} tokens: " + ", ".join(f"{row} {median:.2f} ms" for row, median in medians.items()))
+    return measured
+
+
+def figures(
+    setting: Lengths, info: dict[str, dict[str, Any]], repetitions: Sequence[dict[str, Any]], context: int
+) -> dict[str, dict[str, Any]]:
+    """All repetitions of one length together, by row. Times are in seconds, ratios full attention's over the row's.
+
+    ``token_s`` is that of the fastest repetition, ``token_ratio`` the median over all.
+    """
+    by_row: dict[str, dict[str, Any]] = {}
+    for row in setting.rows:
+        turns = [repetition["contexts"][context][row] for repetition in repetitions]
+        rounds = [seconds for turn in turns for seconds in turn["rounds_s"]]
+        blocks = max(turn["blocks"] for turn in turns)
+        by_row[row] = {
+            "token_s": min(statistics.median(turn["rounds_s"]) for turn in turns),
+            "least_s": min(rounds),
+            "greatest_s": max(rounds),
+            "rounds_s": rounds,
+            "first_token_s": statistics.median(turn["first_token_s"] for turn in turns),
+            "blocks": blocks,
+            "cache_bytes": blocks * info[row]["block_bytes"],
+        }
+    full = by_row[FULL]
+    for values in by_row.values():
+        pairs = zip(full["rounds_s"], values["rounds_s"], strict=True)
+        values["token_ratio"] = statistics.median(whole / part for whole, part in pairs)
+        values["cache_ratio"] = full["cache_bytes"] / values["cache_bytes"]
+        values["first_token_ratio"] = full["first_token_s"] / values["first_token_s"]
+    return by_row
+
+
+if __name__ == "__main__":
+    main()
