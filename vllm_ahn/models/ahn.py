@@ -27,7 +27,7 @@ from vllm_ahn.attention.layer import AHNAttention
 from vllm_ahn.attention.op import QUALIFIED_NAME
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.memory import MEMORY_CLASSES, Memory, Router
-from vllm_ahn.plugin import lora
+from vllm_ahn.plugin import patches
 
 
 class AHN(nn.Module):
@@ -145,7 +145,7 @@ class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         super().__init__()
         cut_out_of_graphs(vllm_config.compilation_config)
         if vllm_config.lora_config is not None:
-            lora.guard_workers()
+            patches.patch_lora_workers()
         config = vllm_config.model_config.hf_config.get_text_config()
         self.config = config
         self.model = self.model_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))

@@ -34,7 +34,7 @@ def register() -> None:
         import vllm
 
         from vllm_ahn import cache, models
-        from vllm_ahn.plugin import arguments, compat, features
+        from vllm_ahn.plugin import compat, features, patches
 
         compat.check_vllm_version(vllm.__version__)
         from vllm.model_executor.models import ModelRegistry
@@ -43,7 +43,7 @@ def register() -> None:
             ModelRegistry.register_model(architecture, model_class)
         cache.register_specs()
         features.install()
-        arguments.patch()
+        patches.patch_arguments()
     except AHNError:
         raise
     except Exception as error:

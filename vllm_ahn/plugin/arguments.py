@@ -1,47 +1,25 @@
-"""All that is replaced in vLLM: the flags, and the one place through which every way to ask for an AHN passes.
+"""What vLLM's arguments say about AHN: the flags, and the `AHNConfig` that a user's wish comes to.
 
 ``vllm serve BASE --ahn CKPT``, ``LLM(model=BASE, additional_config={"ahn": CKPT})`` and a BASE with the AHN
-merged in all come to `EngineArgs.create_model_config`. There the wish is resolved to an `AHNConfig`, which
-takes its place in ``additional_config["ahn"]`` and so reaches every process of vLLM, and the model's
-configuration is changed to fit.
+merged in all come to `resolve`. The answer takes its place in ``additional_config["ahn"]`` and so reaches every
+process of vLLM.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from vllm_ahn import checkpoint
-from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig, parse_length
+from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin import features, lora, overrides, setting
+from vllm_ahn.plugin import features, overrides, setting
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-
-_PATCHED = "_ahn_patched"
-_COMMAND_LINE = "_ahn_command_line"
-"""Set on arguments that came from a command line, where bad input ends the program with a sentence."""
-
-
-def patch() -> None:
-    """Patches `EngineArgs` in this process, once."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    if getattr(EngineArgs, _PATCHED, False):
-        return
-    _patch_flags(EngineArgs)
-    _patch_from_cli_args(EngineArgs)
-    _patch_create_model_config(EngineArgs)
-    _patch_create_engine_config(EngineArgs)
-    setattr(EngineArgs, _PATCHED, True)
 
 
 def add_flags(parser: Any) -> None:
@@ -105,116 +83,6 @@ def resolve(args: EngineArgs) -> tuple[AHNConfig, Any] | None:
     return config, base_config
 
 
-def _patch_flags(engine_args: type[EngineArgs]) -> None:
-    # vLLM loads general plugins right before it adds the engine's flags to a parser, but asks them for none.
-    original = engine_args.add_cli_args
-
-    @wraps(original)
-    def add_cli_args(parser: Any) -> Any:
-        parser = original(parser)
-        add_flags(parser)
-        return parser
-
-    engine_args.add_cli_args = staticmethod(add_cli_args)
-
-
-def _patch_from_cli_args(engine_args: type[EngineArgs]) -> None:
-    # Only fields of the dataclass are taken over from the command line, so the flags would be dropped here.
-    # And this is the last place that knows of a command line: later, bad input would be a traceback around a
-    # sentence.
-    original = engine_args.from_cli_args.__func__
-
-    @wraps(original)
-    def from_cli_args(cls: type[EngineArgs], args: Namespace) -> EngineArgs:
-        try:
-            flags = {
-                "checkpoint": getattr(args, "ahn", None),
-                "window": parse_length(getattr(args, "ahn_window", None)),
-                "sinks": parse_length(getattr(args, "ahn_sinks", None)),
-            }
-            extra = getattr(args, "additional_config", None)
-            merged = setting.with_flags(extra, **flags)
-            if merged is not extra:
-                # A copy: API servers are started from the same namespace again.
-                args = Namespace(**{**vars(args), "additional_config": merged})
-            try:
-                result = original(cls, args)
-            except Exception as error:
-                # With HF_HUB_OFFLINE, vLLM looks for the base model here already.
-                if features.ahn_setting(merged) is None or not _is_about_files(error):
-                    raise
-                raise _no_base(args.model, error) from error
-            setattr(result, _COMMAND_LINE, True)
-            resolve(result)
-        except AHNError as error:
-            _exit(error)
-        return result
-
-    engine_args.from_cli_args = classmethod(from_cli_args)
-
-
-def _patch_create_model_config(engine_args: type[EngineArgs]) -> None:
-    # vLLM's hook on model configurations is found by the architecture, which is what has to be chosen here,
-    # and runs after the lengths have been decided.
-    original = engine_args.create_model_config
-
-    @wraps(original)
-    def create_model_config(self: EngineArgs) -> ModelConfig:
-        from vllm.logger import init_logger
-
-        resolved = resolve(self)
-        if resolved is None:
-            return original(self)
-        config, base_config = resolved
-        requested = parse_length(self.max_model_len)
-        changed = overrides.overrides(
-            config,
-            base_config,
-            base=self.model,
-            max_model_len=requested if isinstance(requested, int) else None,
-        )
-        # On a copy, so that the base's own configuration is still there to be read when this is called again.
-        served = copy.copy(self)
-        if callable(self.hf_overrides):
-            served.hf_overrides = overrides.ConfigOverrides(self.hf_overrides, changed)
-        else:
-            served.hf_overrides = {**(self.hf_overrides or {}), **changed}
-        model_config = original(served)
-        logger = init_logger("vllm.ahn")  # below "vllm", so that it is shown like vLLM's own messages
-        logger.info_once("AHN: %s", config.describe(self.model))
-        warning = overrides.unused_memory(config, model_config.max_model_len)
-        if warning is not None:
-            logger.warning_once(warning)
-        return model_config
-
-    engine_args.create_model_config = create_model_config
-
-
-def _patch_create_engine_config(engine_args: type[EngineArgs]) -> None:
-    # vLLM's hook on whole configurations (features.install) is called inside a validator, which wraps what is
-    # raised in a report on every field; and what happens after the hook can still turn off what AHN needs.
-    original = engine_args.create_engine_config
-
-    @wraps(original)
-    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        try:
-            config = original(self, *args, **kwargs)
-            if features.is_resolved(features.ahn_setting(config.additional_config)):
-                features.check_config(config)
-                if config.lora_config is not None:
-                    lora.guard_requests()
-        except Exception as error:
-            ours = _ahn_error(error)
-            if ours is None:
-                raise
-            if getattr(self, _COMMAND_LINE, False):
-                _exit(ours)
-            raise ours from None
-        return config
-
-    engine_args.create_engine_config = create_engine_config
-
-
 def _base_config(args: EngineArgs) -> Any:
     """The base model's Hugging Face config as vLLM would use it, the user's ``hf_overrides`` included."""
     from vllm.transformers_utils.config import get_config
@@ -236,7 +104,7 @@ def _base_config(args: EngineArgs) -> Any:
             token=args.hf_token,
         )
     except Exception as error:
-        raise _no_base(args.model, error) from error
+        raise no_base(args.model, error) from error
 
 
 def _is_merged(args: EngineArgs) -> bool:
@@ -258,20 +126,7 @@ def _is_merged(args: EngineArgs) -> bool:
     return isinstance(values, dict) and checkpoint.looks_merged(Namespace(**values))
 
 
-def _ahn_error(error: BaseException) -> AHNError | None:
-    """The `AHNError` that `error` is, or that pydantic has wrapped in it."""
-    if isinstance(error, AHNError):
-        return error
-    errors = getattr(error, "errors", None)
-    if type(error).__name__ == "ValidationError" and callable(errors):
-        for entry in errors():
-            inner = entry.get("ctx", {}).get("error")
-            if isinstance(inner, AHNError):
-                return inner
-    return None
-
-
-def _no_base(model: str, error: BaseException) -> AHNError:
+def no_base(model: str, error: BaseException) -> AHNError:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
     return AHNError(
         f"{model}: no config.json of a base model can be read there, expected a folder or a Hugging Face "
@@ -279,9 +134,5 @@ def _no_base(model: str, error: BaseException) -> AHNError:
     )
 
 
-def _is_about_files(error: BaseException) -> bool:
+def is_about_files(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub")
-
-
-def _exit(error: AHNError) -> NoReturn:
-    sys.exit(f"error: {error}")

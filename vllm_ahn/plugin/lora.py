@@ -11,18 +11,11 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Iterable
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_ahn.checkpoint.headers import read_headers
 from vllm_ahn.checkpoint.tensors import is_ahn_tensor
 from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin import features
-
-if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
-
-_GUARDED = "_ahn_guarded"
 
 
 def check_adapter(folder: str) -> None:
@@ -32,47 +25,9 @@ def check_adapter(folder: str) -> None:
             raise AHNError(f"{folder}: this LoRA adapter changes the AHN ({name}), expected one of the base model only")
 
 
-def guard_workers() -> None:
-    """Has this process check every adapter that is loaded into an AHN model."""
-    from vllm.lora.utils import get_adapter_absolute_path
-    from vllm.lora.worker_manager import WorkerLoRAManager
-
-    if hasattr(WorkerLoRAManager, _GUARDED):
-        return
-    original = WorkerLoRAManager._load_adapter
-
-    @wraps(original)
-    def _load_adapter(self: Any, lora_request: LoRARequest) -> Any:
-        from vllm_ahn.models.ahn import AHNForCausalLM
-
-        if isinstance(self._adapter_manager.model, AHNForCausalLM):
-            check_adapter(get_adapter_absolute_path(lora_request.lora_path))
-        return original(self, lora_request)
-
-    WorkerLoRAManager._load_adapter = _load_adapter
-    setattr(WorkerLoRAManager, _GUARDED, True)
-
-
-def guard_requests() -> None:
-    """Has this process check the adapter of every request to an AHN model, if it is on this machine."""
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if hasattr(InputProcessor, _GUARDED):
-        return
-    original = InputProcessor._validate_lora
-
-    @wraps(original)
-    def _validate_lora(self: Any, lora_request: LoRARequest | None) -> None:
-        original(self, lora_request)
-        if lora_request is not None and features.is_resolved(features.ahn_setting(self.vllm_config.additional_config)):
-            _check_once(lora_request.lora_path)
-
-    InputProcessor._validate_lora = _validate_lora
-    setattr(InputProcessor, _GUARDED, True)
-
-
 @functools.lru_cache(maxsize=1024)
-def _check_once(folder: str) -> None:
+def check_local_adapter(folder: str) -> None:
+    """`check_adapter`, once a process, of an adapter that is on this machine."""
     if pathlib.Path(folder).is_dir():
         check_adapter(folder)
 
