@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vllm_ahn.checkpoint.tensors import is_ahn_tensor
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
 
@@ -35,7 +34,7 @@ def from_folders(
     tensors = _read_tensors(base)
     ahn_config = base_config
     if ahn == NO_MEMORY:
-        tensors = {n: t for n, t in tensors.items() if ".ahn.fn." not in n and ".ahn_router." not in n}
+        tensors = {name: tensor for name, tensor in tensors.items() if not _is_memory(name)}
     elif ahn is not None:
         ahn_config = _read_config(ahn)
         tensors.update(_read_tensors(ahn))
@@ -71,15 +70,19 @@ def new_memory(
     `AHNError` if the folder lacks a config or weights, or the tensors are not exactly a base's.
     """
     model = ReferenceModel(BaseConfig.from_dict(_read_config(base)), ahn, recurrence)
-    own = {name: tensor for name, tensor in model.state_dict().items() if is_ahn_tensor(name)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if _is_memory(name)}
     for name in own:
         if name.endswith(".ahn.fn.o_proj.weight"):
             own[name].zero_()
     _load(model, _read_tensors(base) | own, str(base))
     for name, parameter in model.named_parameters():
-        if not is_ahn_tensor(name):
+        if not _is_memory(name):
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _is_memory(name: str) -> bool:
+    return ".ahn.fn." in name or ".ahn_router." in name
 
 
 def _load(model: ReferenceModel, tensors: dict[str, torch.Tensor], source: str) -> None:
