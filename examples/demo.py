@@ -32,7 +32,7 @@ WINDOW, SINKS, BLOCK = 128, 16, 16  # tokens
 WINDOWS_IN_PROMPT = 10
 ANSWER_TOKENS = 384
 PREFILL_SHOWS = 8
-"""Pieces of the answer to wait for until the server's gauge, which lags behind its tokens, shows a decode."""
+"""Tokens of the answer until the server's gauge, which is of its last step, certainly shows a decode."""
 CACHE_BYTES = 64 << 20
 START_S = 180
 
@@ -72,22 +72,20 @@ def show(url: str, base: Path) -> None:
             stream_options={"include_usage": True},
             extra_body={"ignore_eos": True},
         )
-        arrivals: list[float] = []
-        usage = None
+        first = usage = None
         for chunk in stream:
             if chunk.choices:
-                arrivals.append(time.perf_counter())
+                first = first or time.perf_counter()
                 print(chunk.choices[0].text.translate(CONTROL), end="", flush=True)
             usage = chunk.usage or usage
         finished = time.perf_counter()
-    assert usage is not None and len(arrivals) > PREFILL_SHOWS, "the server sent no answer"
-    first = arrivals[0]
+    assert usage is not None and first is not None, "the server sent no answer"
     length = usage.prompt_tokens + usage.completion_tokens
     print(
         f"\n\n{usage.completion_tokens} tokens after {usage.prompt_tokens}; the first after "
         f"{first - started:.2f} s, then {usage.completion_tokens / (finished - first):.0f} a second"
     )
-    report(watch.held(after=arrivals[PREFILL_SHOWS]), watch.cache, base, length)
+    report(watch.held(), watch.cache, base, length)
 
 
 def report(held: list[int], cache: dict[str, str], base: Path, length: int) -> None:
@@ -158,15 +156,18 @@ class Watch:
 
     def run(self) -> None:
         while not self.stop.wait(0.02):
-            asked = time.perf_counter()
-            usage = re.search(r"^vllm:kv_cache_usage_perc{.*} (\S+)$", self.read(), re.MULTILINE)
-            if usage is not None:
-                self.seen.append((asked, float(usage[1])))
+            metrics = self.read()
+            usage, generated = (
+                re.search(rf"^vllm:{name}{{.*}} (\S+)$", metrics, re.MULTILINE)
+                for name in ("kv_cache_usage_perc", "generation_tokens_total")
+            )
+            if usage is not None and generated is not None:
+                self.seen.append((float(generated[1]), float(usage[1])))
 
-    def held(self, after: float) -> list[int]:
-        """Blocks in use, each time they were read after the moment ``after`` and any were."""
+    def held(self) -> list[int]:
+        """Blocks in use, each time they were read while the answer was generated and any were."""
         usable = int(self.cache["num_gpu_blocks"]) - 1  # vLLM sets one aside, and counts without it
-        return [round(usage * usable) for asked, usage in self.seen if asked > after and usage > 0]
+        return [round(usage * usable) for generated, usage in self.seen if generated >= PREFILL_SHOWS and usage > 0]
 
 
 @contextlib.contextmanager
