@@ -183,6 +183,12 @@ def test_samples(base: Path, tmp_path: Path) -> None:
     pieces = [tokenizer.decode(tokenizer(joined)["input_ids"][start : start + 128]) for start in (0, 128)]
     assert decoded == [tokenizer.decode(tokenizer(template)["input_ids"][:128]), "w" * 99, *pieces]
 
+    # Too long for any window that may be drawn, if it were not cut.
+    drawn = dataclasses.replace(asked, window=None, sinks=None, lossless=(32,), data=(data[2],), max_ratio=5)
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "v" * 1000}))
+    assert [len(sample) for sample in read_samples(drawn, tokenizer)] == [128]
+
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     samples = Samples(dataclasses.replace(asked, window=None, sinks=None), read_samples(asked, tokenizer))
     items = [samples[i] for i in range(len(samples))]
     assert len(items) == asked.steps * 2

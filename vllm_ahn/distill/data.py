@@ -28,14 +28,16 @@ def read_samples(settings: Settings, tokenizer: Any) -> list[torch.Tensor]:
     samples: list[torch.Tensor] = []
     dropped = 0
     for tokens in _sequences(settings.data, settings.length, tokenizer):
+        # Cut first: a long text is not too long for the windows that are drawn.
+        tokens = tokens[: settings.length]
         if is_long_enough(settings, len(tokens)):
-            samples.append(torch.tensor(tokens[: settings.length], dtype=torch.long))
+            samples.append(torch.tensor(tokens, dtype=torch.long))
         else:
             dropped += 1
     if not samples:
         what = (
-            f"more tokens than --window and --sinks together, {settings.window + settings.sinks}"
-            if settings.window is not None and settings.sinks is not None
+            f"more tokens than --window and --sinks together, {sum(settings.fixed)}"
+            if settings.fixed
             else f"more than {min(settings.lossless)} tokens, and less than {settings.max_ratio} times "
             f"{max(settings.lossless)}"
         )
@@ -45,8 +47,8 @@ def read_samples(settings: Settings, tokenizer: Any) -> list[torch.Tensor]:
 
 def is_long_enough(settings: Settings, length: int) -> bool:
     """Whether tokens of a sample of `length` come to lie beyond its window."""
-    if settings.window is not None and settings.sinks is not None:
-        return length > settings.window + settings.sinks + 1
+    if settings.fixed:
+        return length > sum(settings.fixed) + 1
     return bool(lengths.possible(settings.lossless, length, settings.max_ratio))
 
 
@@ -72,8 +74,8 @@ class Samples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         settings, tokens = self.settings, self.samples[self.order[index]]
         group = index // settings.micro_batch
-        if settings.window is not None and settings.sinks is not None:
-            window, sinks = settings.window, settings.sinks
+        if settings.fixed:
+            window, sinks = settings.fixed
         else:
             rng = random.Random(f"{settings.seed} lengths {group}")
             choices = (settings.lossless, settings.sink_choices, settings.max_ratio)

@@ -70,6 +70,11 @@ class Settings:
     resume: bool = False
     """Go on from the newest checkpoint in `output`."""
 
+    @property
+    def fixed(self) -> tuple[int, int] | None:
+        """W and S of every sample, None where they are drawn."""
+        return None if self.window is None or self.sinks is None else (self.window, self.sinks)
+
     def __post_init__(self) -> None:
         if self.memory not in MEMORIES:
             raise AHNError(f"--memory is {self.memory!r}, expected one of {', '.join(SHORT_NAMES)}")
