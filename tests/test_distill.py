@@ -145,6 +145,23 @@ def test_a_killed_run_goes_on(base: Path, text: Path, tmp_path: Path) -> None:
     assert losses(whole) == losses(cut)
 
 
+def test_two_processes_learn_what_one_does(base: Path, text: Path, tmp_path: Path) -> None:
+    """Each works on half of every batch; the first writes."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        "--no-python", sys.executable, "-c", "import sys; from vllm_ahn.commands import main; sys.exit(main())",
+        "distill", str(base), "--data", str(text), "--output", str(tmp_path / "two"), "--length", "96",
+        "--window", str(WINDOW), "--sinks", str(SINKS), "--steps", "4", "--batch-size", "8", "--micro-batch", "4",
+        "--learning-rate", "1e-2", "--save-every", "2",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    one = distill(settings(base, text, tmp_path / "one", steps=4, micro_batch=4, save_every=2))
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_run_that_diverges_keeps_the_last_good_state(base: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "ahn"
     with pytest.raises(

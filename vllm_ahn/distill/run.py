@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -54,8 +55,9 @@ def distill(settings: Settings) -> pathlib.Path:
     ahn = AHNConfig(settings.memory)
     model = new_memory(base, ahn, "fla" if device == "cuda" else "chunk", getattr(torch, settings.dtype))
     config = ahn_config(values, settings.memory, AHNOptions())
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / SETTINGS_FILE, dataclasses.asdict(settings))
+    if _is_first_process():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / SETTINGS_FILE, dataclasses.asdict(settings))
     trainer = make_trainer(settings, Distillation(model, settings.loss), samples, config)
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
@@ -73,9 +75,14 @@ def _check_output(settings: Settings, output: pathlib.Path) -> str | None:
             raise AHNError(f"--resume: no checkpoint in {output}, expected the --output of a run that was cut short")
         _check_same_run(settings, output)
         return last
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if _is_first_process() and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AHNError(f"--output {output}: exists, expected a new or empty folder, or --resume to go on with a run")
     return None
+
+
+def _is_first_process() -> bool:
+    # As torchrun and Accelerate number processes. What the first has written the others find there.
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check_same_run(settings: Settings, output: pathlib.Path) -> None:
