@@ -56,10 +56,16 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((folder / "loss.json").read_text())]
 
 
-@pytest.mark.parametrize("memory", ["GatedDeltaNet", "DeltaNet", "Mamba2"])
-def test_what_is_trained_is_served(memory: str, base: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("memory", "changes"),
+    [("GatedDeltaNet", {}), ("GatedDeltaNet", {"use_q_proj": True}), ("DeltaNet", {}), ("Mamba2", {})],
+)
+def test_what_is_trained_is_served(
+    memory: str, changes: dict[str, Any], base: Path, text: Path, tmp_path: Path
+) -> None:
     """The loss falls, the output is a checkpoint of the AHN alone, and the engine's logits are the trainer's."""
-    output = distill(settings(base, text, tmp_path / "ahn", memory=memory, steps=40, learning_rate=3e-2))
+    asked = settings(base, text, tmp_path / "ahn", memory=memory, steps=40, learning_rate=3e-2, **changes)
+    output = distill(asked)
     curve = losses(output)
     assert sum(curve[-3:]) < 0.9 * sum(curve[:3]), curve
     assert (output / "loss.png").stat().st_size > 1000
@@ -97,6 +103,39 @@ def test_only_the_memory_learns(base: Path) -> None:
     }
     assert moved == memory
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name not in memory)
+
+
+@pytest.mark.parametrize("memory", ["GatedDeltaNet", "DeltaNet", "Mamba2"])
+@torch.no_grad()
+def test_a_new_memory_adds_nothing_and_forgets_slowly(memory: str, base: Path) -> None:
+    tokens = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(1))
+    ahn = AHNConfig(memory, WINDOW, SINKS, use_q_proj=memory == "GatedDeltaNet")
+    model = new_memory(base, ahn, slowest=4096)
+    assert torch.equal(model(tokens), from_folders(base, "none", WINDOW, SINKS)(tokens))
+    for layer in model.model["layers"]:
+        fn = layer.ahn["fn"]
+        if memory == "GatedDeltaNet":
+            queries = torch.randn(3, 2, 32)
+            assert torch.equal(fn.q_proj(queries), queries)
+        if memory != "DeltaNet":
+            kept = 1 / (fn.A_log.exp() * torch.nn.functional.softplus(fn.dt_bias))
+            torch.testing.assert_close(kept, torch.tensor([32.0, 4096.0]))
+
+
+def test_gradients_do_not_depend_on_checkpointing(base: Path) -> None:
+    tokens = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for checkpointing in (True, False):
+        torch.manual_seed(4)
+        training = Distillation(new_memory(base, AHNConfig("Mamba2")), "kl", checkpointing)
+        for name, parameter in training.named_parameters():
+            if name.endswith("o_proj.weight") and ".ahn." in name:
+                parameter.data.normal_(std=0.1)
+        training(tokens, WINDOW, SINKS)["loss"].backward()
+        gradients.append({name: p.grad for name, p in training.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce"])
@@ -219,6 +258,7 @@ def test_samples(base: Path, tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"memory": "LSTM"}, "--memory is 'LSTM', expected one of gdn, dn, mamba2"),
+        ({"memory": "DeltaNet", "use_q_proj": True}, "--use-q-proj is for --memory gdn, but it is DeltaNet"),
         ({"sinks": None}, "--window and --sinks are expected both or neither"),
         ({"window": 96}, "--length is 96, expected more tokens than --window and --sinks together, 104"),
         ({"micro_batch": 3}, "--batch-size is 8, expected a multiple of --micro-batch 3"),

@@ -172,8 +172,11 @@ def test_bfloat16(prompt: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("window", [1, 5, 50, None])
 @pytest.mark.parametrize("sinks", [0, 3, 60])
-def test_window_attention_equals_dense_mask(window: int | None, sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    length, start, heads, kv_heads, dim = 37, 6, 6, 2, 8
+@pytest.mark.parametrize("start", [0, 6])
+def test_window_attention_equals_dense_mask(
+    window: int | None, sinks: int, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length, heads, kv_heads, dim = 37, 6, 2, 8
     total = start + length
     q = torch.randn(2, length, heads, dim, dtype=torch.float64)
     k, v = (torch.randn(2, total, kv_heads, dim, dtype=torch.float64) for _ in range(2))
@@ -182,8 +185,8 @@ def test_window_attention_equals_dense_mask(window: int | None, sinks: int, monk
     scores = torch.einsum("bthd,bjhd->bhtj", q, k.repeat_interleave(3, 2)) * dim**-0.5
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     wanted = torch.einsum("bhtj,bjhd->bthd", weights, v.repeat_interleave(3, 2))
-    for queries in (512, 5, 1):
-        monkeypatch.setattr("vllm_ahn.reference.layers.QUERY_BLOCK", queries)
+    for queries in ((64, 512), (5, 5), (1, 1), (4, 9)):
+        monkeypatch.setattr("vllm_ahn.reference.layers.QUERY_BLOCKS", queries)
         got = window_attention(q, k, v, start, window, sinks)
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 

@@ -23,12 +23,14 @@ class Distillation(nn.Module):
     Args:
         model: base and new memories.
         loss: ``kl`` or ``ce``, see `vllm_ahn.distill.settings.Settings.loss`.
+        checkpointing: keep only the layers' inputs for the gradient, and compute the layers once more for it.
     """
 
-    def __init__(self, model: ReferenceModel, loss: Literal["kl", "ce"]) -> None:
+    def __init__(self, model: ReferenceModel, loss: Literal["kl", "ce"], checkpointing: bool = True) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.checkpointing = checkpointing
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_ahn_tensor(name))
 
@@ -37,7 +39,8 @@ class Distillation(nn.Module):
         assert self.model.ahn is not None
         beyond = slice(window + sinks, input_ids.shape[1])
         ahn = dataclasses.replace(self.model.ahn, window=window, sinks=sinks)
-        student = self.model.hidden_states(input_ids, ahn)[:, beyond].flatten(0, 1)
+        cache = None if self.checkpointing else self.model.new_cache()
+        student = self.model.hidden_states(input_ids, ahn, cache)[:, beyond].flatten(0, 1)
         if self.loss == "kl":
             with torch.no_grad():
                 target = self.model.hidden_states(input_ids, None)[:, beyond].flatten(0, 1)

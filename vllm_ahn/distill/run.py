@@ -52,13 +52,14 @@ def distill(settings: Settings) -> pathlib.Path:
 
     torch.manual_seed(settings.seed)
     # The lengths in it are replaced for every sample.
-    ahn = AHNConfig(settings.memory)
-    model = new_memory(base, ahn, "fla" if device == "cuda" else "chunk", getattr(torch, settings.dtype))
-    config = ahn_config(values, settings.memory, AHNOptions())
+    ahn = AHNConfig(settings.memory, use_q_proj=settings.use_q_proj)
+    recurrence = "fla" if device == "cuda" else "chunk"
+    model = new_memory(base, ahn, recurrence, getattr(torch, settings.dtype), slowest=settings.length)
+    config = ahn_config(values, settings.memory, AHNOptions(settings.use_q_proj))
     if _is_first_process():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / SETTINGS_FILE, dataclasses.asdict(settings))
-    trainer = make_trainer(settings, Distillation(model, settings.loss), samples, config)
+    trainer = make_trainer(settings, Distillation(model, settings.loss, settings.checkpointing), samples, config)
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         write_json(output / "config.json", config)
@@ -88,7 +89,7 @@ def _is_first_process() -> bool:
 def _check_same_run(settings: Settings, output: pathlib.Path) -> None:
     before = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
     now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
-    free = {"resume", "output", "dtype", "save_every"}
+    free = {"resume", "output", "dtype", "save_every", "checkpointing"}
     changed = [key for key in now if key not in free and before.get(key) != now[key]]
     if changed:
         key = changed[0]

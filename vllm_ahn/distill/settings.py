@@ -29,6 +29,9 @@ class Settings:
     memory: str = "GatedDeltaNet"
     """One of `vllm_ahn.config.MEMORIES`."""
 
+    use_q_proj: bool = False
+    """The memory's queries have a projection of their own, which the published ones do not (GatedDeltaNet only)."""
+
     length: int = 24_576
     """Most tokens of a sample."""
 
@@ -67,6 +70,9 @@ class Settings:
     dtype: str = "auto"
     """Of the frozen base: float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU."""
 
+    checkpointing: bool = True
+    """Keep only the layers' inputs for the gradient and compute the layers twice: less memory for more time."""
+
     resume: bool = False
     """Go on from the newest checkpoint in `output`."""
 
@@ -78,6 +84,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.memory not in MEMORIES:
             raise AHNError(f"--memory is {self.memory!r}, expected one of {', '.join(SHORT_NAMES)}")
+        if self.use_q_proj and self.memory != "GatedDeltaNet":
+            raise AHNError(f"--use-q-proj is for --memory gdn, but it is {self.memory}")
         if (self.window is None) != (self.sinks is None):
             raise AHNError("--window and --sinks are expected both or neither")
         if self.window is not None:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-QUERY_BLOCK = 512
-"""Queries that are attended together."""
+QUERY_BLOCKS = (64, 512)
+"""Fewest and most queries that are attended together; between them as many as one of them has keys."""
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -56,20 +56,32 @@ def window_attention(
     window = total if window is None else min(window, total)
     sinks = min(sinks, total)
     group = q.shape[2] // k.shape[2]
+    if start == 0 and window == total:
+        return _attend(q, k, v, group, None)
+    least, most = QUERY_BLOCKS
+    block = min(max(window + sinks, least), most)
     outputs = []
-    for first in range(0, length, QUERY_BLOCK):
-        last = min(length, first + QUERY_BLOCK)
+    for first in range(0, length, block):
+        last = min(length, first + block)
         low = min(max(start + first - window + 1, sinks), start + last)
         seen = torch.cat((torch.arange(sinks, device=q.device), torch.arange(low, start + last, device=q.device)))
         at = torch.arange(start + first, start + last, device=q.device)[:, None]
         visible = (seen <= at) & ((at - seen < window) | (seen < sinks))
         keys = torch.cat((k[:, :sinks], k[:, low : start + last]), dim=1)
         values = torch.cat((v[:, :sinks], v[:, low : start + last]), dim=1)
-        attended = F.scaled_dot_product_attention(
-            q[:, first:last].transpose(1, 2),
-            keys.repeat_interleave(group, dim=2).transpose(1, 2),
-            values.repeat_interleave(group, dim=2).transpose(1, 2),
-            attn_mask=visible,
-        )
-        outputs.append(attended.transpose(1, 2))
+        outputs.append(_attend(q[:, first:last], keys, values, group, visible))
     return torch.cat(outputs, dim=1)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, visible: torch.Tensor | None
+) -> torch.Tensor:
+    """Each query sees what is `visible` ``[T, n]``; None: as many keys as queries, of which it sees the earlier."""
+    attended = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.repeat_interleave(group, dim=2).transpose(1, 2),
+        v.repeat_interleave(group, dim=2).transpose(1, 2),
+        attn_mask=visible,
+        is_causal=visible is None,
+    )
+    return attended.transpose(1, 2)

@@ -10,9 +10,13 @@ from safetensors.torch import load_file
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
 
+from .memory import Memory
 from .model import BaseConfig, ReferenceModel
 
 PathLike = str | pathlib.Path
+
+SLOWEST = 1024
+"""Tokens for which the slowest head of a new memory keeps ``1 / e`` of what it absorbed, if nothing is said."""
 
 
 def from_folders(
@@ -62,18 +66,23 @@ def from_folders(
 
 
 def new_memory(
-    base: PathLike, ahn: AHNConfig, recurrence: str = "chunk", dtype: torch.dtype = torch.float32
+    base: PathLike,
+    ahn: AHNConfig,
+    recurrence: str = "chunk",
+    dtype: torch.dtype = torch.float32,
+    slowest: int = SLOWEST,
 ) -> ReferenceModel:
     """The base model in folder `base`, its weights in `dtype`, with a new memory in float32 that adds nothing yet.
 
-    What the memory adds begins at zero, as ``o_proj`` does; all else is drawn from PyTorch's generator. Raises
-    `AHNError` if the folder lacks a config or weights, or the tensors are not exactly a base's.
+    What the memory adds begins at zero, its slowest head keeps what it absorbed for `slowest` tokens, see
+    `Memory.begin`, and all else is drawn from PyTorch's generator. Raises `AHNError` if the folder lacks a config or
+    weights, or the tensors are not exactly a base's.
     """
     model = ReferenceModel(BaseConfig.from_dict(_read_config(base)), ahn, recurrence)
+    for module in model.modules():
+        if isinstance(module, Memory):
+            module.begin(slowest)
     own = {name: tensor for name, tensor in model.state_dict().items() if _is_memory(name)}
-    for name in own:
-        if name.endswith(".ahn.fn.o_proj.weight"):
-            own[name].zero_()
     _load(model, _read_tensors(base) | own, str(base))
     for name, parameter in model.named_parameters():
         if not _is_memory(name):

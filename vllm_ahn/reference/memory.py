@@ -1,5 +1,7 @@
 """The three compressed memories: gates from the evicted token's hidden state, recurrence, read-out."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +12,9 @@ from .layers import RMSNorm, at_least_float32
 
 NORM_EPS = 1e-5
 """Of the memory's own norm, whatever the base model's is."""
+
+FASTEST = 32
+"""Tokens after which the quickest head of a new memory keeps ``1 / e`` of what it absorbed."""
 
 
 def fla_recurrence(
@@ -58,6 +63,18 @@ class Memory(nn.Module):
     def __init__(self, hidden_size: int, heads: int, head_dim: int) -> None:
         super().__init__()
         self.o_proj = HeadwiseLinear(heads, head_dim)
+
+    @torch.no_grad()
+    def begin(self, slowest: int) -> None:
+        """Sets what training begins from: ``o_proj`` is zero, so that nothing is added to what the window sees.
+
+        Heads that decay keep ``1 / e`` of what they absorbed for `FASTEST` to `slowest` tokens, evenly on a log scale:
+        how long is hard to learn for a head that has forgotten before it is asked.
+        """
+        self.o_proj.weight.zero_()
+        if isinstance(self, (GatedDeltaNet, Mamba2)):
+            kept = torch.logspace(math.log10(FASTEST), math.log10(max(slowest, FASTEST)), len(self.A_log))
+            self.A_log.copy_(-(kept * F.softplus(self.dt_bias)).log())
 
     def gates(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decay ``g <= 0`` and rate ``b``, float32 ``[B, T, H]``, from ``hidden [B, T, hidden_size]``."""
@@ -121,6 +138,13 @@ class GatedDeltaNet(DeltaNet):
         self.dt_bias = nn.Parameter(torch.full((heads,), -4.0))
         if use_q_proj:
             self.q_proj = HeadwiseLinear(heads, head_dim)
+
+    @torch.no_grad()
+    def begin(self, slowest: int) -> None:
+        """As `Memory.begin`; a query projection of its own begins as the identity."""
+        super().begin(slowest)
+        if hasattr(self, "q_proj"):
+            self.q_proj.weight.copy_(torch.eye(self.q_proj.weight.shape[-1]).expand_as(self.q_proj.weight))
 
     def gates(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         _, b = super().gates(hidden)
