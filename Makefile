@@ -10,11 +10,12 @@ CONTRACT := 0.33.0
 CONTRACT_TESTS := tests/contract tests/test_cache.py tests/test_arguments.py tests/test_features.py tests/test_engine_golden.py \
     tests/test_no_memory.py
 
-.PHONY: help .venv demo test lint contract
+.PHONY: help .venv demo test lint contract small-model
 help:
-	@echo "make demo    serve a tiny model with an AHN and ask it something longer than its window"
+	@echo "make demo    serve a small model with an AHN and ask it something longer than its window"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
+	@echo "make small-model  train that model and its memories anew, into build/small-model (some 70 minutes)"
 	@echo "make .venv   the environment of both, from requirements/"
 
 .venv: $(BIN)/vllm-ahn
@@ -26,6 +27,9 @@ $(BIN)/vllm-ahn:
 
 demo: $(BIN)/vllm-ahn
 	@$(BIN)/python examples/demo.py
+
+small-model: $(BIN)/vllm-ahn
+	@$(BIN)/python examples/small_model/reproduce.py build/small-model
 
 lint: $(BIN)/vllm-ahn
 	@$(BIN)/ruff check .

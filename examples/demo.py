@@ -1,9 +1,11 @@
-"""A tiny Qwen2 with an AHN, served by ``vllm serve`` and asked something much longer than its window.
+"""A small Qwen2 with an AHN, served by ``vllm serve`` and asked to go on with a program much longer than its window.
 
     python examples/demo.py        (or: make demo)
 
-The weights are random, so the answer is nonsense; what is real is the server, the requests over HTTP and the
-cache. While the answer streams in, the demo reads the server's own metrics and shows what the request holds.
+The model is the one in ``examples/small_model``: 2.7 million parameters that have read Python's standard library, byte
+by byte. While the answer streams in, the demo reads the server's own metrics and shows what the request holds. Then it
+shows what the memory is worth: bits per byte of the same program with full attention, with the window alone, and with
+the memory.
 """
 
 from __future__ import annotations
@@ -26,46 +28,69 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from vllm_ahn.tiny import make_tiny
-
-WINDOW, SINKS, BLOCK = 128, 16, 16  # tokens
-WINDOWS_IN_PROMPT = 10
-ANSWER_TOKENS = 384
+MODEL = Path(os.path.relpath(Path(__file__).parent / "small_model"))
+BASE, AHN = MODEL / "base", MODEL / "gdn"
+WINDOW, SINKS, BLOCK = 64, 0, 16  # tokens
+ANSWER_TOKENS = 128
 PREFILL_SHOWS = 8
 """Tokens of the answer until the server's gauge, which is of its last step, certainly shows a decode."""
 CACHE_BYTES = 64 << 20
 START_S = 180
 
-STORY = (
-    "A transformer keeps every key and value it has seen, so its memory grows with the text. "
-    "The hippocampus turns what has just happened into a memory of one size. "
-)
+PROGRAM = '''class Notebook:
+    """Keeps the last pages open, and a summary of the others."""
+
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.pages = []
+        self.summary = None
+
+    def append(self, page):
+        """Add a page. The oldest one goes into the summary."""
+        self.pages.append(page)
+        if len(self.pages) > self.capacity:
+            oldest = self.pages.pop(0)
+            self.summary = self.merge(self.summary, oldest)
+
+    def merge(self, summary, page):
+        """Return a summary that knows of the page, too."""
+        if summary is None:
+            return page
+        return summary + page
+
+    def __len__(self):
+        """Return the number of pages that are open."""
+        return len(self.pages)
+
+    def __iter__(self):
+        """Go through the pages, the oldest first."""
+        return iter(self.'''
+"""What the model is asked to go on with."""
 
 
 def main() -> None:
     # A terminated demo must leave by the same door as a finished one, which ends the server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="vllm-ahn-demo-") as folder:
-        heading("a tiny random base model and an AHN checkpoint for it")
-        paths = make_tiny(folder, model_type="qwen2", memory="GatedDeltaNet")
-        print(f"base  {paths.base}\nahn   {paths.ahn}")
-        with serve(paths.base, paths.ahn, Path(folder, "server.log")) as url:
-            show(url, paths.base)
-    heading("server stopped")
+        with serve(BASE, AHN, Path(folder, "server.log")) as url:
+            show(url, BASE)
+        heading("server stopped")
+        compare(Path(folder))
 
 
 def show(url: str, base: Path) -> None:
     """Asks the server at ``url`` and prints the answer and what it cost."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
-    prompt = prompt_of(WINDOWS_IN_PROMPT * WINDOW, base)
-    heading(f"prompt: {len(prompt)} tokens = {len(prompt) / WINDOW:.0f} windows of {WINDOW}; the answer, as it comes:")
+    tokens = len(PROGRAM.encode())  # of the small model's vocabulary
+    heading(f"prompt: {tokens} bytes = {tokens / WINDOW:.1f} windows of {WINDOW}; its end, and the answer as it comes:")
+    print("..." + PROGRAM[-2 * WINDOW :], end="")
 
     with Watch(url) as watch:
         started = time.perf_counter()
         stream = client.completions.create(
             model=model,
-            prompt=prompt,
+            prompt=PROGRAM,
             max_tokens=ANSWER_TOKENS,
             temperature=0,
             stream=True,
@@ -183,16 +208,13 @@ def serve(base: Path, ahn: Path | None, log: Path) -> Iterator[str]:
     command += ["--dtype", "float32", "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(CACHE_BYTES)]
     command += ["--max-num-batched-tokens", "256", "--enforce-eager"]
     heading("$ " + shlex.join(command))
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    here = str(Path(sys.executable).parent)
-    program = shutil.which("vllm", path=here + os.pathsep + environment.get("PATH", ""))
-    if program is None:
-        sys.exit("there is no command `vllm` in this environment")
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [program, *command[1:]], stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            [program(command[0]), *command[1:]],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
         )
     try:
         started = time.monotonic()
@@ -217,22 +239,38 @@ def serve(base: Path, ahn: Path | None, log: Path) -> Iterator[str]:
         process.wait()
 
 
+def program(name: str) -> str:
+    """The command `name` of this environment, whether it is activated or not."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    return found or sys.exit(f"there is no command `{name}` in this environment")
+
+
+def environment() -> dict[str, str]:
+    """One thread, which is best for a small model."""
+    values = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    values.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return values
+
+
 def healthy(url: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
         return bool(response.status == 200)
     return False
 
 
-def prompt_of(tokens: int, base: Path) -> list[int]:
-    """A story of exactly so many tokens."""
-    from tokenizers import Tokenizer
+def compare(folder: Path) -> None:
+    """Prints what full attention, the window alone and the memory make of the program, and of much held-out text."""
+    text = folder / "program.txt"
+    text.write_text(PROGRAM)
+    command = ["vllm-ahn", "perplexity", str(BASE), "--ahn", str(AHN), "--text", str(text), "--window", str(WINDOW)]
+    command += ["--sinks", str(SINKS), "--context", str(len(PROGRAM.encode())), "--dtype", "float32"]
+    command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), "--engine-args", '{"enforce_eager": true}']
+    heading("$ " + shlex.join(command))
+    subprocess.run([program(command[0]), *command[1:]], check=True, env=environment())
 
-    story = Tokenizer.from_file(str(base / "tokenizer.json")).encode(STORY).ids
-    return (story * (tokens // len(story) + 1))[:tokens]
 
-
-CONTROL = dict.fromkeys([*range(32), 127, 0xFFFD], ".")
-"""What a random model says may hold what a terminal should not be sent."""
+CONTROL = dict.fromkeys({*range(32), 127, 0xFFFD} - {9, 10}, ".")
+"""What a terminal should not be sent, should a model of bytes say it."""
 
 
 CLEAR = "\r" if sys.stdout.isatty() else ""

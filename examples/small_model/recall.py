@@ -1,11 +1,11 @@
-"""What the small model's memories recall word for word: values of a table whose keys are asked for again, later.
+"""What the small model's memories recall to the letter: values whose keys are asked for again, later.
 
     python examples/small_model/recall.py FOLDER [--window 64] [--lines 1 2 4 ...] [--questions 100]
 
-A prompt is a table of made-up names, then one of its keys once more. Counted is how often each byte of the value is
-the model's first choice, by the engine's log-probabilities, over the lines that lie between: within the window, and
-far beyond it. FOLDER holds ``base`` and the memories ``gdn``, ``dn``, ``mamba2``. Writes ``recall.json`` and
-``recall.png`` into it.
+A prompt is a class of made-up names, ``key_value = None`` a line, and then one of the keys once more. Counted is how
+often a byte of its value is the model's first choice, and what it costs in bits, by the engine's log-probabilities,
+over the lines that lie between: within the window, and far beyond it. FOLDER holds ``base`` and the memories ``gdn``,
+``dn``, ``mamba2``. Writes ``recall.json`` and ``recall.svg`` into it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import json
 import math
 import pathlib
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MEMORIES = ("gdn", "dn", "mamba2")
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from reproduce import MEMORIES
+
 SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-LINE = "    '{key}': '{value}',\n"
+LINE = "    {key}_{value} = None\n"
 CACHE_BYTES = 256 << 20
 
 
@@ -41,7 +45,7 @@ class Question:
         key, value = rows[1]
         table = "".join(LINE.format(key=key, value=value) for key, value in rows)
         asked, _, _ = LINE.format(key=key, value="\0").partition("\0")
-        return cls(f"TABLE = {{\n{table}{asked}{value}", value)
+        return cls(f"class Table:\n{table}{asked}{value}", value)
 
 
 def name(rng: random.Random) -> str:
@@ -56,7 +60,7 @@ def ask(base: pathlib.Path, ahn: str | None, window: int, questions: Sequence[Qu
     import vllm_ahn
 
     arguments: dict[str, Any] = {
-        "dtype": "float32", "block_size": 16, "enforce_eager": True, "enable_prefix_caching": False,
+        "dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False,
         "kv_cache_memory_bytes": CACHE_BYTES,
     }  # fmt: skip
     if ahn is None:
@@ -74,7 +78,7 @@ def ask(base: pathlib.Path, ahn: str | None, window: int, questions: Sequence[Qu
 
 
 def measure(folder: pathlib.Path, window: int, lines: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """A row a method: label, and for each number of lines the share of values recalled and the bits of a byte."""
+    """A row a method: label, and for each number of lines the share of bytes recalled and their bits."""
     rng = random.Random(SEED)
     questions = {n: [Question.draw(rng, n) for _ in range(count)] for n in lines}
     asked = [question for n in lines for question in questions[n]]
@@ -86,7 +90,8 @@ def measure(folder: pathlib.Path, window: int, lines: Sequence[int], count: int)
         recalled, bits = [], []
         for n in lines:
             values = [next(answers) for _ in questions[n]]
-            recalled.append(sum(all(entry.rank == 1 for entry in value) for value in values) / len(values))
+            right = [entry.rank == 1 for value in values for entry in value]
+            recalled.append(round(sum(right) / len(right), 4))
             logprobs = [entry.logprob for value in values for entry in value]
             bits.append(round(-sum(logprobs) / len(logprobs) / math.log(2), 4))
         rows.append({"label": label, "recalled": recalled, "bits_per_byte": bits})
@@ -110,7 +115,10 @@ def plot(rows: Sequence[dict[str, Any]], distances: Sequence[int], window: int, 
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, key, title in zip(
-        axes, ("recalled", "bits_per_byte"), ("values recalled, share", "bits per byte of the value"), strict=True
+        axes,
+        ("recalled", "bits_per_byte"),
+        ("bytes of the value recalled, share", "bits per byte of the value"),
+        strict=True,
     ):
         for row, colour in zip(rows, COLOURS, strict=False):
             axis.plot(distances, row[key], color=colour, marker="o", markersize=3, label=row["label"])
@@ -122,7 +130,7 @@ def plot(rows: Sequence[dict[str, Any]], distances: Sequence[int], window: int, 
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes[0].legend(frameon=False, fontsize=8.5)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     pyplot.close(figure)
 
 
@@ -137,7 +145,7 @@ def main() -> None:
     distances = [n * line_bytes() for n in args.lines]
     values = {"seed": SEED, "window": args.window, "questions": args.questions, "distances": distances, "rows": rows}
     (args.folder / "recall.json").write_text(json.dumps(values, indent=2) + "\n")
-    plot(rows, distances, args.window, args.folder / "recall.png")
+    plot(rows, distances, args.window, args.folder / "recall.svg")
     for row in rows:
         print(f"{row['label']:16}", "  ".join(f"{share:4.0%}" for share in row["recalled"]))
 

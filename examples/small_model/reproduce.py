@@ -1,0 +1,96 @@
+"""Make the small model from nothing: base, three memories, what they are worth and what they recall.
+
+    python examples/small_model/reproduce.py FOLDER        (or: make small-model)
+
+FOLDER, new or empty, becomes what ``examples/small_model`` holds: ``base``, ``gdn``, ``dn`` and ``mamba2``, which
+``vllm serve`` takes, with the records of their training, and the figures. A run that was cut short is begun anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from corpus import Corpus, write_corpus
+
+HERE = pathlib.Path(__file__).parent
+
+TEXT = "text"
+"""Folder of the texts while they are needed."""
+
+RECIPE = [
+    "--data", f"{TEXT}/train.txt", "--length", "512", "--lossless", "32", "32", "64", "64", "128", "256",
+    "--sink-choices", "0", "--max-ratio", "17", "--steps", "1200", "--batch-size", "8", "--micro-batch", "8",
+    "--learning-rate", "4e-3", "--warm-up", "0.05", "--seed", "1", "--dtype", "bfloat16", "--no-checkpointing",
+    "--save-every", "250",
+]  # fmt: skip
+"""Of every memory: half of the batches are of the short windows, where most is to be remembered."""
+
+MEMORIES = {"gdn": ["--use-q-proj"], "dn": [], "mamba2": []}
+"""Names of memories and folders, and what is theirs alone."""
+
+
+def train_base(folder: pathlib.Path) -> None:
+    subprocess.run([sys.executable, str(HERE / "train_base.py"), str(folder / "base")], check=True)
+
+
+def train_memories(folder: pathlib.Path, corpus: Corpus) -> None:
+    """All at once, each on a core of its own as long as there are some, and writes ``training.json`` beside each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    running = {}
+    for name, own in MEMORIES.items():
+        command = ["vllm-ahn", "distill", "base", "--memory", name, "--output", name, *RECIPE, *own]
+        with (folder / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        running[name] = (process, command)
+    print(f"training {', '.join(running)}; progress in {folder}/*.log", flush=True)
+    for name, (process, command) in running.items():
+        if process.wait():
+            sys.exit(f"{name} failed, see {folder / name}.log")
+        seconds = round(time.monotonic() - started)
+        write_record(folder / name, command, corpus, seconds)
+        for left in [*(folder / name).glob("checkpoint-*"), folder / f"{name}.log"]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        print(f"{name}: {seconds // 60} min", flush=True)
+
+
+def write_record(folder: pathlib.Path, command: list[str], corpus: Corpus, seconds: int) -> None:
+    """``training.json``: what it takes to make the memory again."""
+    record: dict[str, Any] = {
+        "command": " ".join(command),
+        "data": {"sha256": corpus.sha256},
+        "seconds": seconds,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm-ahn")},
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    folder = parser.parse_args().folder.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"{folder} is not empty, expected a new folder")
+    # The commands of this environment, whether it is activated or not.
+    os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    corpus = write_corpus(folder / TEXT)
+    train_base(folder)
+    train_memories(folder, corpus)
+    shutil.rmtree(folder / TEXT)
+    for script in ("held_out.py", "recall.py"):
+        subprocess.run([sys.executable, str(HERE / script), str(folder)], check=True)
+
+
+if __name__ == "__main__":
+    main()
