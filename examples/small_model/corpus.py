@@ -2,12 +2,15 @@
 
 Files are sorted by name, and every sixteenth is held out. What was read is named by a hash: another release of Python
 has other sources, and gives another model.
+
+    python examples/small_model/corpus.py FOLDER        writes train.txt and held_out.txt
 """
 
 from __future__ import annotations
 
 import hashlib
 import pathlib
+import sys
 import sysconfig
 from dataclasses import dataclass
 
@@ -54,3 +57,9 @@ def write_corpus(folder: pathlib.Path) -> Corpus:
     for name, texts in (("train", corpus.train), ("held_out", corpus.held_out)):
         (folder / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
     return corpus
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    print(write_corpus(pathlib.Path(sys.argv[1])).sha256)

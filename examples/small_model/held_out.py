@@ -4,8 +4,8 @@
 
 FOLDER holds ``base`` and the memories ``gdn``, ``dn``, ``mamba2``. For every window (no sinks) ``vllm-ahn perplexity``
 asks the engine with full attention, the window alone, and each memory. Only positions beyond the window count: once up
-to eight windows, the longest that the paper trains with, and once all of the context. Writes ``evaluation.json``,
-``evaluation.md`` and, for the first window, ``perplexity.svg`` into FOLDER.
+to eight windows, the longest that the paper trains with, and once all of the context. Writes ``evaluation.json`` and
+``evaluation.md`` into FOLDER.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ Bits = dict[str, float]
 """Bits per byte: ``full``, ``window`` and each memory there is."""
 
 
-def measure(
-    folder: pathlib.Path, text: pathlib.Path, window: int, context: int, limit: int, plot: pathlib.Path | None
-) -> dict[str, Bits]:
-    """Bits beyond the window by the position up to which they count; perplexity by position in `plot`."""
+def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int, limit: int) -> dict[str, Bits]:
+    """Bits beyond the window by the position up to which they count."""
     memories = [name for name in MEMORIES if (folder / name).is_dir()]
     with tempfile.TemporaryDirectory() as work:
         report = pathlib.Path(work) / "report.json"
@@ -48,7 +46,6 @@ def measure(
             "--sinks", "0", "--context", str(context), "--limit", str(limit), "--dtype", "float32",
             "--kv-cache-memory-bytes", str(256 << 20), "--engine-args", ENGINE, "--json", str(report),
             *[part for name in memories for part in ("--ahn", str(folder / name))],
-            *([] if plot is None else ["--plot", str(plot)]),
         ]  # fmt: skip
         subprocess.run(command, check=True)
         (suite,) = json.loads(report.read_text())["suites"]
@@ -103,10 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         corpus = write_corpus(pathlib.Path(work))
         text = pathlib.Path(work) / "held_out.txt"
-        results: dict[str, dict[str, Bits]] = {}
-        for window in args.windows:
-            plot = None if results else args.folder / "perplexity.svg"
-            results[str(window)] = measure(args.folder, text, window, args.context, args.limit, plot)
+        results = {str(window): measure(args.folder, text, window, args.context, args.limit) for window in args.windows}
     values = {"context": args.context, "stretches": args.limit, "data_sha256": corpus.sha256, "bits_per_byte": results}
     (args.folder / "evaluation.json").write_text(json.dumps(values, indent=2) + "\n")
     (args.folder / "evaluation.md").write_text(table(results) + "\n")
