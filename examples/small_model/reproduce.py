@@ -40,6 +40,16 @@ MEMORIES = {"gdn": ["--use-q-proj"], "dn": [], "mamba2": []}
 """Names of memories and folders, and what is theirs alone."""
 
 
+def memories_in(folder: pathlib.Path) -> list[str]:
+    """The memories that `folder` holds."""
+    return [name for name in MEMORIES if (folder / name).is_dir()]
+
+
+def find_own_commands() -> None:
+    """Lets ``vllm-ahn`` be the command of this environment, whether it is activated or not."""
+    os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def train_base(folder: pathlib.Path) -> None:
     subprocess.run([sys.executable, str(HERE / "train_base.py"), str(folder / "base")], check=True)
 
@@ -82,8 +92,7 @@ def main() -> None:
     folder = parser.parse_args().folder.resolve()
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty, expected a new folder")
-    # The commands of this environment, whether it is activated or not.
-    os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    find_own_commands()
     corpus = write_corpus(folder / TEXT)
     train_base(folder)
     train_memories(folder, corpus)

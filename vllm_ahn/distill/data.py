@@ -102,9 +102,8 @@ def _sequences(sources: Sequence[str], length: int, tokenizer: Any) -> Iterator[
                 if line.strip():
                     yield _encode_row(_parse(line, f"{source}:{number}"), f"{source}:{number}", tokenizer)
         elif path.is_file():
-            joined += tokenizer(_read_text(path), add_special_tokens=False, verbose=False)["input_ids"] + [
-                _end_of_text(tokenizer)
-            ]
+            joined += tokenizer(_read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+            joined.append(_end_of_text(tokenizer))
         else:
             for number, row in enumerate(_load_rows(source)):
                 yield _encode_row(row, f"{source}, row {number}", tokenizer)

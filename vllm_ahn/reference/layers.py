@@ -55,9 +55,8 @@ def window_attention(
     total = start + length
     window = total if window is None else min(window, total)
     sinks = min(sinks, total)
-    group = q.shape[2] // k.shape[2]
     if start == 0 and window == total:
-        return _attend(q, k, v, group, None)
+        return _attend(q, k, v, None)
     least, most = QUERY_BLOCKS
     block = min(max(window + sinks, least), most)
     outputs = []
@@ -69,14 +68,13 @@ def window_attention(
         visible = (seen <= at) & ((at - seen < window) | (seen < sinks))
         keys = torch.cat((k[:, :sinks], k[:, low : start + last]), dim=1)
         values = torch.cat((v[:, :sinks], v[:, low : start + last]), dim=1)
-        outputs.append(_attend(q[:, first:last], keys, values, group, visible))
+        outputs.append(_attend(q[:, first:last], keys, values, visible))
     return torch.cat(outputs, dim=1)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, visible: torch.Tensor | None
-) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     """Each query sees what is `visible` ``[T, n]``; None: as many keys as queries, of which it sees the earlier."""
+    group = q.shape[2] // k.shape[2]
     attended = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.repeat_interleave(group, dim=2).transpose(1, 2),

@@ -68,13 +68,9 @@ class Memory(nn.Module):
     def begin(self, slowest: int) -> None:
         """Sets what training begins from: ``o_proj`` is zero, so that nothing is added to what the window sees.
 
-        Heads that decay keep ``1 / e`` of what they absorbed for `FASTEST` to `slowest` tokens, evenly on a log scale:
-        how long is hard to learn for a head that has forgotten before it is asked.
+        Where heads decay, the slowest keeps ``1 / e`` of what it absorbed for `slowest` tokens.
         """
         self.o_proj.weight.zero_()
-        if isinstance(self, (GatedDeltaNet, Mamba2)):
-            kept = torch.logspace(math.log10(FASTEST), math.log10(max(slowest, FASTEST)), len(self.A_log))
-            self.A_log.copy_(-(kept * F.softplus(self.dt_bias)).log())
 
     def gates(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decay ``g <= 0`` and rate ``b``, float32 ``[B, T, H]``, from ``hidden [B, T, hidden_size]``."""
@@ -143,6 +139,7 @@ class GatedDeltaNet(DeltaNet):
     def begin(self, slowest: int) -> None:
         """As `Memory.begin`; a query projection of its own begins as the identity."""
         super().begin(slowest)
+        self.A_log.copy_(_spread_decays(self.dt_bias, slowest))
         if hasattr(self, "q_proj"):
             self.q_proj.weight.copy_(torch.eye(self.q_proj.weight.shape[-1]).expand_as(self.q_proj.weight))
 
@@ -165,6 +162,12 @@ class Mamba2(Memory):
         self.dt_bias = nn.Parameter(torch.full((heads,), -4.0))
         self.norm = RMSNorm(heads * head_dim, NORM_EPS)
 
+    @torch.no_grad()
+    def begin(self, slowest: int) -> None:
+        """As `Memory.begin`."""
+        super().begin(slowest)
+        self.A_log.copy_(_spread_decays(self.dt_bias, slowest))
+
     def gates(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         d = F.softplus(at_least_float32(self.dt_proj(hidden)) + self.dt_bias)
         return -self.A_log.exp() * d, d
@@ -172,6 +175,15 @@ class Mamba2(Memory):
     def read_out(self, o: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         gated = o * F.silu(self.g_proj(hidden))[..., None]
         return self.norm(gated.flatten(-2)).view(o.shape)
+
+
+def _spread_decays(dt_bias: torch.Tensor, slowest: int) -> torch.Tensor:
+    """``A_log [H]`` with which heads keep ``1 / e`` for `FASTEST` to `slowest` tokens, evenly on a log scale.
+
+    How long is hard to learn for a head that has forgotten before it is asked.
+    """
+    kept = torch.logspace(math.log10(FASTEST), math.log10(max(slowest, FASTEST)), len(dt_bias))
+    return -(kept * F.softplus(dt_bias)).log()
 
 
 def make_memory(name: str, hidden_size: int, heads: int, head_dim: int, use_q_proj: bool) -> Memory:
