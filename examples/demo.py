@@ -66,6 +66,7 @@ PROGRAM = '''class Notebook:
         """Go through the pages, the oldest first."""
         return iter(self.'''
 """What the model is asked to go on with."""
+PROMPT_TOKENS = len(PROGRAM.encode())  # the small model reads bytes
 
 
 def main() -> None:
@@ -82,8 +83,8 @@ def show(url: str, base: Path) -> None:
     """Asks the server at ``url`` and prints the answer and what it cost."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
-    tokens = len(PROGRAM.encode())  # of the small model's vocabulary
-    heading(f"prompt: {tokens} bytes = {tokens / WINDOW:.1f} windows of {WINDOW}; its end, and the answer as it comes:")
+    windows = f"{PROMPT_TOKENS / WINDOW:.1f} windows of {WINDOW}"
+    heading(f"prompt: {PROMPT_TOKENS} bytes = {windows}; its end, and the answer as it comes:")
     print("..." + PROGRAM[-2 * WINDOW :], end="")
 
     with Watch(url) as watch:
@@ -259,11 +260,11 @@ def healthy(url: str) -> bool:
 
 
 def compare(folder: Path) -> None:
-    """Prints what full attention, the window alone and the memory make of the program, and of much held-out text."""
+    """Prints what full attention, the window alone and the memory make of the program."""
     text = folder / "program.txt"
     text.write_text(PROGRAM)
     command = ["vllm-ahn", "perplexity", str(BASE), "--ahn", str(AHN), "--text", str(text), "--window", str(WINDOW)]
-    command += ["--sinks", str(SINKS), "--context", str(len(PROGRAM.encode())), "--dtype", "float32"]
+    command += ["--sinks", str(SINKS), "--context", str(PROMPT_TOKENS), "--dtype", "float32"]
     command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), "--engine-args", '{"enforce_eager": true}']
     heading("$ " + shlex.join(command))
     subprocess.run([program(command[0]), *command[1:]], check=True, env=environment())

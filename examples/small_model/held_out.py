@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from corpus import write_corpus
-from reproduce import MEMORIES
+from reproduce import MEMORIES, find_own_commands, memories_in
 
 ENGINE = '{"max_num_batched_tokens": 1024, "enforce_eager": true}'
 """Long steps, since time counts more here than an exact curve of the cache."""
@@ -38,7 +37,7 @@ Bits = dict[str, float]
 
 def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int, limit: int) -> dict[str, Bits]:
     """Bits beyond the window by the position up to which they count."""
-    memories = [name for name in MEMORIES if (folder / name).is_dir()]
+    memories = memories_in(folder)
     with tempfile.TemporaryDirectory() as work:
         report = pathlib.Path(work) / "report.json"
         command = [
@@ -95,8 +94,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=100)
     args = parser.parse_args()
-    # The command of this environment, whether it is activated or not.
-    os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    find_own_commands()
     with tempfile.TemporaryDirectory() as work:
         corpus = write_corpus(pathlib.Path(work))
         text = pathlib.Path(work) / "held_out.txt"

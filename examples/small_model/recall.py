@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from reproduce import MEMORIES
+from reproduce import memories_in
 
 SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
@@ -83,7 +83,7 @@ def measure(folder: pathlib.Path, window: int, lines: Sequence[int], count: int)
     questions = {n: [Question.draw(rng, n) for _ in range(count)] for n in lines}
     asked = [question for n in lines for question in questions[n]]
     methods: list[tuple[str, str | None]] = [("full attention", None), ("window alone", "none")]
-    methods += [(f"AHN-{name}", str(folder / name)) for name in MEMORIES if (folder / name).is_dir()]
+    methods += [(f"AHN-{name}", str(folder / name)) for name in memories_in(folder)]
     rows = []
     for label, ahn in methods:
         answers = iter(ask(folder / "base", ahn, window, asked))
