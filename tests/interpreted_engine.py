@@ -126,7 +126,7 @@ def main() -> None:
 
     import flash_emulation
     from engines import engine, greedy, metric
-    from vllm_ahn.plugin import attention_backends, features
+    from vllm_ahn.plugin import attention_backends, wanted
 
     job = json.load(sys.stdin)
     for name, value in job["constants"].items():
@@ -136,7 +136,7 @@ def main() -> None:
         setattr(owner, constant, value)
     if job["flash_version"]:
         flash_emulation.install(job["flash_version"])
-        features._has_flash_attention = lambda: True
+        wanted._has_flash_attention = lambda: True
         attention_backends.FLASH_DTYPES += ("float32",)
         job["arguments"]["attention_backend"] = "FLASH_ATTN"
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:

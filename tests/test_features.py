@@ -15,7 +15,7 @@ from vllm.plugins import load_general_plugins
 from vllm_ahn import AHNError
 from vllm_ahn.models import MODEL_CLASSES
 from vllm_ahn.plugin import features
-from vllm_ahn.plugin.features import Wanted
+from vllm_ahn.plugin.wanted import Wanted
 from vllm_ahn.tiny import TinyPaths, make_tiny
 
 load_general_plugins()

@@ -17,6 +17,7 @@ from vllm_ahn import checkpoint
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
 from vllm_ahn.plugin import features, overrides, setting
+from vllm_ahn.plugin.wanted import Wanted
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -61,10 +62,10 @@ def resolve(args: EngineArgs) -> tuple[AHNConfig, Any] | None:
     features.
     """
     setting.check_keys(args.additional_config)
-    wish = features.ahn_setting(args.additional_config)
+    wish = setting.ahn_setting(args.additional_config)
     if wish is None and not _is_merged(args):
         return None
-    features.check(features.Wanted.from_engine_args(args))
+    features.check(Wanted.from_engine_args(args))
     base_config = _base_config(args)
     overrides.ahn_architecture(base_config, args.model)
     if wish == {} and not checkpoint.looks_merged(base_config):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_ahn.plugin.features import Wanted
+    from vllm_ahn.plugin.wanted import Wanted
 
 GPU_BACKENDS = ("TRITON_ATTN", "FLASH_ATTN")
 """The kernels that AHN layers attend with on GPUs, as ``--attention-backend`` calls them; without it the first."""

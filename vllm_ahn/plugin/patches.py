@@ -75,7 +75,7 @@ def _patch_from_cli_args(engine_args: type[EngineArgs]) -> None:
                 result = original(cls, args)
             except Exception as error:
                 # With HF_HUB_OFFLINE, vLLM looks for the base model here already.
-                if features.ahn_setting(merged) is None or not arguments.is_about_files(error):
+                if setting.ahn_setting(merged) is None or not arguments.is_about_files(error):
                     raise
                 raise arguments.no_base(args.model, error) from error
             setattr(result, _COMMAND_LINE, True)
@@ -133,7 +133,7 @@ def _patch_create_engine_config(engine_args: type[EngineArgs]) -> None:
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         try:
             config = original(self, *args, **kwargs)
-            if features.is_resolved(features.ahn_setting(config.additional_config)):
+            if setting.is_resolved(setting.ahn_setting(config.additional_config)):
                 features.check_config(config)
                 if config.lora_config is not None:
                     _patch_lora_requests()
@@ -182,7 +182,7 @@ def _patch_lora_requests() -> None:
     @wraps(original)
     def _validate_lora(self: Any, lora_request: LoRARequest | None) -> None:
         original(self, lora_request)
-        if lora_request is not None and features.is_resolved(features.ahn_setting(self.vllm_config.additional_config)):
+        if lora_request is not None and setting.is_resolved(setting.ahn_setting(self.vllm_config.additional_config)):
             lora.check_local_adapter(lora_request.lora_path)
 
     InputProcessor._validate_lora = _validate_lora

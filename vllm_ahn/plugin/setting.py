@@ -51,3 +51,13 @@ def check_keys(additional_config: object) -> None:
     for key in additional_config if isinstance(additional_config, Mapping) else ():
         if isinstance(key, str) and key != "ahn" and re.match(r"(vllm)?[-_]*ahn", key, re.IGNORECASE):
             raise AHNError(f'additional_config has the key {key!r}, expected "ahn" with a checkpoint or a dict')
+
+
+def ahn_setting(additional_config: Any) -> Any:
+    """What ``additional_config`` says about AHN: None, a checkpoint, or a dict (resolved or the user's)."""
+    return additional_config.get("ahn") if isinstance(additional_config, dict) else None
+
+
+def is_resolved(setting: Any) -> bool:
+    """Whether `setting` is an `AHNConfig.to_dict()`: only these have the key ``memory``."""
+    return isinstance(setting, dict) and "memory" in setting
