@@ -2,7 +2,7 @@
 
     python examples/demo.py        (or: make demo)
 
-The model is the one in ``examples/small_model``: 2.7 million parameters that have read Python's standard library, byte
+The model is the one in ``examples/small_model``: 2.4 million parameters that have read Python's standard library, byte
 by byte. While the answer streams in, the demo reads the server's own metrics and shows what the request holds. Then it
 shows what the memory is worth: bits per byte of the same program with full attention, with the window alone, and with
 the memory.

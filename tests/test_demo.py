@@ -41,15 +41,15 @@ def test_demo(tmp_path: Path) -> None:
     assert times > 0
     blocks, block_bytes, held_bytes = row(printed, "AHN, measured")
     full_blocks, full_block_bytes, full_bytes = row(printed, "full attention, computed")
-    # The small model: 4 layers, 4 heads of 64 with keys of their own, float32, and two gates a head beside K and V.
-    assert full_block_bytes == 4 * 4 * size * (64 + 64) * 4
-    assert block_bytes == 4 * 4 * size * (64 + 64 + 2) * 4
+    # The small model: 4 layers, 2 key/value heads of 64, float32, and two gates for each of their 2 query heads beside.
+    assert full_block_bytes == 4 * 2 * size * (64 + 64) * 4
+    assert block_bytes == 4 * 2 * size * (64 + 64 + 2 * 2) * 4
     assert full_blocks == -(-length // size) and full_bytes == full_blocks * full_block_bytes
     assert pool == (64 << 20) // block_bytes
     assert held_bytes == blocks * block_bytes and blocks == most
-    # Window 4 and one for its place in a block, state 4 heads * 64 columns at 130 a page: 2.
-    assert fewest >= window // size + 2
-    assert most <= window // size + 1 + 2 + 1
+    # Window 4 and one for its place in a block, state 4 heads * 64 columns at 66 a page: 4.
+    assert fewest >= window // size + 4
+    assert most <= window // size + 1 + 4 + 1
 
     # The last table: bits per byte are the fourth to sixth figures, of them the last beyond the window.
     bits = [float(line.split("|")[7]) for line in printed.splitlines() if re.match(r"\| (full|window|sinks|AHN)", line)]

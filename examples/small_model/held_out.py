@@ -3,9 +3,9 @@
     python examples/small_model/held_out.py FOLDER [--windows 32 64 128 256] [--context 1024] [--limit 100]
 
 FOLDER holds ``base`` and the memories ``gdn``, ``dn``, ``mamba2``. For every window (no sinks) ``vllm-ahn perplexity``
-asks the engine with full attention, the window alone, and each memory. Only positions beyond the window count: once up
-to eight windows, the longest that the paper trains with, and once all of the context. Writes ``evaluation.json`` and
-``evaluation.md`` into FOLDER.
+asks the engine with full attention, the window alone, and each memory. Only positions beyond the window count: up to
+eight windows, the longest that the paper trains with, up to the length of the samples that these memories were trained
+with, and all of the context. Writes ``evaluation.json`` and ``evaluation.md`` into FOLDER.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from corpus import write_corpus
-from reproduce import MEMORIES, find_own_commands, memories_in
+from reproduce import MEMORIES, RECIPE, find_own_commands, memories_in
 
 ENGINE = '{"max_num_batched_tokens": 1024, "enforce_eager": true}'
 """Long steps, since time counts more here than an exact curve of the cache."""
 
 RATIO = 8
-"""Windows of the shorter figure."""
+"""Windows of the shortest figure."""
+
+TRAINED = int(RECIPE[RECIPE.index("--length") + 1])
+"""Tokens of a sample that the memories were trained with."""
 
 Bits = dict[str, float]
 """Bits per byte: ``full``, ``window`` and each memory there is."""
@@ -48,7 +51,7 @@ def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int,
         ]  # fmt: skip
         subprocess.run(command, check=True)
         (suite,) = json.loads(report.read_text())["suites"]
-    ends = sorted({min(RATIO * window, context), context})
+    ends = sorted({min(end, context) for end in (RATIO * window, TRAINED, context)})
     labels = ("full", "window", *memories)
     return {
         str(end): {

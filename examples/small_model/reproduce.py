@@ -30,13 +30,13 @@ TEXT = "text"
 
 RECIPE = [
     "--data", f"{TEXT}/train.txt", "--length", "512", "--lossless", "32", "32", "64", "64", "128", "256",
-    "--sink-choices", "0", "--max-ratio", "17", "--steps", "1200", "--batch-size", "8", "--micro-batch", "8",
+    "--sink-choices", "0", "--max-ratio", "17", "--batch-size", "8", "--micro-batch", "8",
     "--learning-rate", "4e-3", "--warm-up", "0.05", "--seed", "1", "--dtype", "bfloat16", "--no-checkpointing",
     "--save-every", "250",
 ]  # fmt: skip
 """Of every memory: half of the batches are of the short windows, where most is to be remembered."""
 
-MEMORIES = {"gdn": ["--use-q-proj"], "dn": [], "mamba2": []}
+MEMORIES = {"gdn": ["--steps", "2400", "--use-q-proj"], "dn": ["--steps", "1200"], "mamba2": ["--steps", "1200"]}
 """Names of memories and folders, and what is theirs alone."""
 
 
