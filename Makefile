@@ -15,7 +15,7 @@ help:
 	@echo "make demo    serve a small model with an AHN and ask it something longer than its window"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
-	@echo "make small-model  train that model and its memories anew, into build/small-model (some 70 minutes)"
+	@echo "make small-model  train that model and its memories anew, into build/small-model (some 80 minutes)"
 	@echo "make .venv   the environment of both, from requirements/"
 
 .venv: $(BIN)/vllm-ahn
