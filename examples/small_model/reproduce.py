@@ -34,7 +34,7 @@ RECIPE = [
     "--learning-rate", "4e-3", "--warm-up", "0.05", "--seed", "1", "--dtype", "bfloat16", "--no-checkpointing",
     "--save-every", "250",
 ]  # fmt: skip
-"""Of every memory: half of the batches are of the short windows, where most is to be remembered."""
+"""Of every memory: two thirds of the batches are of the short windows, where most is to be remembered."""
 
 MEMORIES = {"gdn": ["--steps", "2400", "--use-q-proj"], "dn": ["--steps", "1200"], "mamba2": ["--steps", "1200"]}
 """Names of memories and folders, and what is theirs alone."""
