@@ -23,16 +23,13 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from corpus import write_corpus
-from reproduce import MEMORIES, RECIPE, find_own_commands, memories_in
+from reproduce import LENGTH, MEMORIES, find_own_commands, memories_in
 
 ENGINE = '{"max_num_batched_tokens": 1024, "enforce_eager": true}'
 """Long steps, since time counts more here than an exact curve of the cache."""
 
 RATIO = 8
 """Windows of the shortest figure."""
-
-TRAINED = int(RECIPE[RECIPE.index("--length") + 1])
-"""Tokens of a sample that the memories were trained with."""
 
 Bits = dict[str, float]
 """Bits per byte: ``full``, ``window`` and each memory there is."""
@@ -51,7 +48,7 @@ def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int,
         ]  # fmt: skip
         subprocess.run(command, check=True)
         (suite,) = json.loads(report.read_text())["suites"]
-    ends = sorted({min(end, context) for end in (RATIO * window, TRAINED, context)})
+    ends = sorted({min(end, context) for end in (RATIO * window, LENGTH, context)})
     labels = ("full", "window", *memories)
     return {
         str(end): {

@@ -28,8 +28,11 @@ HERE = pathlib.Path(__file__).parent
 TEXT = "text"
 """Folder of the texts while they are needed."""
 
+LENGTH = 512
+"""Bytes of a sample that the memories are trained with."""
+
 RECIPE = [
-    "--data", f"{TEXT}/train.txt", "--length", "512", "--lossless", "32", "32", "64", "64", "128", "256",
+    "--data", f"{TEXT}/train.txt", "--length", str(LENGTH), "--lossless", "32", "32", "64", "64", "128", "256",
     "--sink-choices", "0", "--max-ratio", "17", "--batch-size", "8", "--micro-batch", "8",
     "--learning-rate", "4e-3", "--warm-up", "0.05", "--seed", "1", "--dtype", "bfloat16", "--no-checkpointing",
     "--save-every", "250",

@@ -60,21 +60,17 @@ class Wanted:
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Wanted:
         """What the arguments ask for, before vLLM has looked at any of it."""
-        connector = args.kv_transfer_config
-        setting = ahn_setting(args.additional_config)
         return cls(
             runner=args.runner,
             convert=args.convert,
             model_impl=args.model_impl,
             load_format=_text(args.load_format),
-            second_source=_names_checkpoint(setting),
             speculation=any(
                 value is not None
                 for value in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
             ),
             decode_context_parallel_size=args.decode_context_parallel_size,
             prefill_context_parallel_size=args.prefill_context_parallel_size,
-            kv_connector=None if connector is None else _connector_name(connector),
             kv_offloading_size=args.kv_offloading_size,
             cache_dtype=_text(args.kv_cache_dtype),
             mamba_cache_dtype=_text(args.mamba_cache_dtype),
@@ -83,31 +79,22 @@ class Wanted:
             disable_hybrid_kv_cache_manager=bool(args.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=args.kv_sharing_fast_prefill,
             microbatches=bool(args.enable_dbo) or args.ubatch_size > 1,
-            device_type=_device_type(),
-            runs_triton=runs_triton(),
-            has_flash_attention=_has_flash_attention(),
             attention_backend=_backend_name(args.attention_backend or args.attention_config.backend),
-            backends_per_kind=bool(args.attention_config.backend_per_kind),
-            window=_length(setting, "window"),
-            sinks=_length(setting, "sinks"),
+            **_fields_of_both(args),
         )
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig) -> Wanted:
         """What the whole configuration has come to."""
         model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-        connector = config.kv_transfer_config
-        setting = ahn_setting(config.additional_config)
         return cls(
             runner=model.runner_type,
             convert=model.convert_type,
             model_impl=model.model_impl,
             load_format=_text(config.load_config.load_format),
-            second_source=_names_checkpoint(setting),
             speculation=config.speculative_config is not None,
             decode_context_parallel_size=parallel.decode_context_parallel_size,
             prefill_context_parallel_size=parallel.prefill_context_parallel_size,
-            kv_connector=None if connector is None else _connector_name(connector),
             kv_offloading_size=cache.kv_offloading_size,
             cache_dtype=_text(cache.cache_dtype),
             base_cache=_quantised_cache(model.hf_config),
@@ -119,15 +106,25 @@ class Wanted:
             disable_hybrid_kv_cache_manager=bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
             kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
             microbatches=parallel.use_ubatching,
-            device_type=_device_type(),
-            runs_triton=runs_triton(),
-            has_flash_attention=_has_flash_attention(),
             attention_backend=_backend_name(config.attention_config.backend),
-            backends_per_kind=bool(config.attention_config.backend_per_kind),
-            window=_length(setting, "window"),
-            sinks=_length(setting, "sinks"),
             head_size=model.get_head_size(),
+            **_fields_of_both(config),
         )
+
+
+def _fields_of_both(source: EngineArgs | VllmConfig) -> dict[str, Any]:
+    """The fields of `Wanted` that arguments and configuration tell alike, or this environment does."""
+    setting, connector = ahn_setting(source.additional_config), source.kv_transfer_config
+    return {
+        "second_source": _names_checkpoint(setting),
+        "window": _length(setting, "window"),
+        "sinks": _length(setting, "sinks"),
+        "kv_connector": None if connector is None else _connector_name(connector),
+        "backends_per_kind": bool(source.attention_config.backend_per_kind),
+        "device_type": _device_type(),
+        "runs_triton": runs_triton(),
+        "has_flash_attention": _has_flash_attention(),
+    }
 
 
 def _device_type() -> str:
