@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on(base: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_learn_what_one_does(base: Path, text: Path, tmp_path: Path) -> None:
-    """Each works on half of every batch; the first writes."""
+    """Each works on half of every batch; the first writes, and says so."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
         "--no-python", sys.executable, "-c", "import sys; from vllm_ahn.commands import main; sys.exit(main())",
@@ -193,7 +193,8 @@ def test_two_processes_learn_what_one_does(base: Path, text: Path, tmp_path: Pat
         "--window", str(WINDOW), "--sinks", str(SINKS), "--steps", "4", "--batch-size", "8", "--micro-batch", "4",
         "--learning-rate", "1e-2", "--save-every", "2",
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("Serve it:") == 1
     one = distill(settings(base, text, tmp_path / "one", steps=4, micro_batch=4, save_every=2))
     first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
     assert first.keys() == second.keys()

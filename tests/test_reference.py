@@ -178,16 +178,23 @@ def test_window_attention_equals_dense_mask(
 ) -> None:
     length, heads, kv_heads, dim = 37, 6, 2, 8
     total = start + length
-    q = torch.randn(2, length, heads, dim, dtype=torch.float64)
-    k, v = (torch.randn(2, total, kv_heads, dim, dtype=torch.float64) for _ in range(2))
+    q = torch.randn(2, length, heads, dim, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, total, kv_heads, dim, dtype=torch.float64, requires_grad=True) for _ in range(2))
     t, j = torch.arange(start, total)[:, None], torch.arange(total)
     seen = (j <= t) & ((t - j < (window or total)) | (j < sinks))
     scores = torch.einsum("bthd,bjhd->bhtj", q, k.repeat_interleave(3, 2)) * dim**-0.5
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     wanted = torch.einsum("bhtj,bjhd->bthd", weights, v.repeat_interleave(3, 2))
+    arriving = torch.randn_like(wanted)
+    wanted_gradients = torch.autograd.grad(wanted, (q, k, v), arriving)
     for queries in ((64, 512), (5, 5), (1, 1), (4, 9)):
         monkeypatch.setattr("vllm_ahn.reference.layers.QUERY_BLOCKS", queries)
         got = window_attention(q, k, v, start, window, sinks)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        gradients = torch.autograd.grad(got, (q, k, v), arriving)
+        torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            got = window_attention(q, k, v, start, window, sinks)
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 

@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     values |= {name: tuple(values[name]) for name in ("data", "lossless", "sink_choices")}
     settings = Settings(**values | {"memory": SHORT_NAMES[args.memory]})
     try:
-        from vllm_ahn.distill.run import distill
+        from vllm_ahn.distill.run import distill, is_first_process
     except ImportError as error:
         raise AHNError(
             f"distill: the package {error.name} is not installed, expected it from pip install vllm-ahn[distill]"
         ) from None
     output = distill(settings)
-    print(f"Serve it: vllm serve {settings.base} --ahn {output}")
+    if is_first_process():
+        print(f"Serve it: vllm serve {settings.base} --ahn {output}")
     return 0
 
 

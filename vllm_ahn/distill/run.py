@@ -56,7 +56,7 @@ def distill(settings: Settings) -> pathlib.Path:
     recurrence = "fla" if device == "cuda" else "chunk"
     model = new_memory(base, ahn, recurrence, getattr(torch, settings.dtype), slowest=settings.length)
     config = ahn_config(values, settings.memory, AHNOptions(settings.use_q_proj))
-    if _is_first_process():
+    if is_first_process():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / SETTINGS_FILE, dataclasses.asdict(settings))
     trainer = make_trainer(settings, Distillation(model, settings.loss, settings.checkpointing), samples, config)
@@ -76,13 +76,14 @@ def _check_output(settings: Settings, output: pathlib.Path) -> str | None:
             raise AHNError(f"--resume: no checkpoint in {output}, expected the --output of a run that was cut short")
         _check_same_run(settings, output)
         return last
-    if _is_first_process() and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # What the first has written already, the others find there.
+    if is_first_process() and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AHNError(f"--output {output}: exists, expected a new or empty folder, or --resume to go on with a run")
     return None
 
 
-def _is_first_process() -> bool:
-    # As torchrun and Accelerate number processes. What the first has written the others find there.
+def is_first_process() -> bool:
+    """Whether this is the process, of those that torchrun or Accelerate started, that writes and reports."""
     return os.environ.get("RANK", "0") == "0"
 
 
