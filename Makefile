@@ -15,7 +15,7 @@ help:
 	@echo "make demo    serve a small model with an AHN and ask it something longer than its window"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
-	@echo "make small-model  train that model and its memories anew, into build/small-model (some 80 minutes)"
+	@echo "make small-model  train that model and its memories anew, into build/small-model (1 3/4 hours; EFFORT=0.5: one)"
 	@echo "make .venv   the environment of both, from requirements/"
 
 .venv: $(BIN)/vllm-ahn
@@ -28,8 +28,9 @@ $(BIN)/vllm-ahn:
 demo: $(BIN)/vllm-ahn
 	@$(BIN)/python examples/demo.py
 
+EFFORT ?= 1
 small-model: $(BIN)/vllm-ahn
-	@$(BIN)/python examples/small_model/reproduce.py build/small-model
+	@$(BIN)/python examples/small_model/reproduce.py build/small-model --effort $(EFFORT)
 
 lint: $(BIN)/vllm-ahn
 	@$(BIN)/ruff check .

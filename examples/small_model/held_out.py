@@ -4,8 +4,8 @@
 
 FOLDER holds ``base`` and the memories ``gdn``, ``dn``, ``mamba2``. For every window (no sinks) ``vllm-ahn perplexity``
 asks the engine with full attention, the window alone, and each memory. Only positions beyond the window count: up to
-eight windows, the longest that the paper trains with, up to the length of the samples that these memories were trained
-with, and all of the context. Writes ``evaluation.json`` and ``evaluation.md`` into FOLDER.
+eight windows, the longest that the paper trains with, up to half of the context, and all of it. Writes
+``evaluation.json`` and ``evaluation.md`` into FOLDER.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from corpus import write_corpus
-from reproduce import LENGTH, MEMORIES, find_own_commands, memories_in
+from reproduce import MEMORIES, find_own_commands, memories_in
 
 ENGINE = '{"max_num_batched_tokens": 1024, "enforce_eager": true}'
 """Long steps, since time counts more here than an exact curve of the cache."""
@@ -48,7 +48,7 @@ def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int,
         ]  # fmt: skip
         subprocess.run(command, check=True)
         (suite,) = json.loads(report.read_text())["suites"]
-    ends = sorted({min(end, context) for end in (RATIO * window, LENGTH, context)})
+    ends = sorted({min(end, context) for end in (RATIO * window, context // 2, context)})
     labels = ("full", "window", *memories)
     return {
         str(end): {

@@ -1,6 +1,6 @@
 """Train the small base model from nothing, on a CPU: a Qwen2 of 2.4 million parameters that reads bytes.
 
-    python examples/small_model/train_base.py OUTPUT [--steps N]
+    python examples/small_model/train_base.py OUTPUT [--effort SHARE]
 
 Writes a checkpoint that ``vllm serve`` takes, with ``training.json`` beside it: seeds, versions, hash of the data and
 loss.
@@ -29,6 +29,7 @@ from corpus import read_corpus
 from vllm_ahn.tiny.tokenizer import LEAST_VOCAB, write_tokenizer
 
 SEED = 1
+STEPS = 1500
 TOKENS_PER_STEP = 8192
 STAGES = ((0.7, 512), (0.3, 2048))
 """Share of the steps, and tokens of a sequence in it. What is far apart is learnt last, on few long sequences."""
@@ -161,9 +162,9 @@ def train(output: pathlib.Path, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--effort", type=float, default=1.0, help=f"share of the {STEPS} steps to take")
     args = parser.parse_args()
-    record = train(args.output, args.steps)
+    record = train(args.output, max(1, round(STEPS * args.effort)))
     print(json.dumps({key: value for key, value in record.items() if key != "curve"}, indent=2))
 
 
