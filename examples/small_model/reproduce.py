@@ -113,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder.resolve()
     if not args.effort > 0:
-        sys.exit(f"--effort is {args.effort}, expected a share of the steps, as 0.4 or 1")
+        sys.exit(f"--effort is {args.effort}, expected a share of the steps, as 0.5 or 1")
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty, expected a new folder")
     find_own_commands()
