@@ -1,5 +1,6 @@
 """The whole-model reference: against the golden data, against transformers' base models, and its options."""
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -187,8 +188,9 @@ def test_window_attention_equals_dense_mask(
     wanted = torch.einsum("bhtj,bjhd->bthd", weights, v.repeat_interleave(3, 2))
     arriving = torch.randn_like(wanted)
     wanted_gradients = torch.autograd.grad(wanted, (q, k, v), arriving)
-    for queries in ((64, 512), (5, 5), (1, 1), (4, 9)):
+    for queries, in_steps in itertools.product(((64, 512), (5, 5), (1, 1), (4, 9)), (False, True)):
         monkeypatch.setattr("vllm_ahn.reference.layers.QUERY_BLOCKS", queries)
+        monkeypatch.setattr("vllm_ahn.reference.layers._steps_are_faster", lambda q, k, answer=in_steps: answer)
         got = window_attention(q, k, v, start, window, sinks)
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
         gradients = torch.autograd.grad(got, (q, k, v), arriving)
@@ -196,6 +198,19 @@ def test_window_attention_equals_dense_mask(
         with torch.no_grad():
             got = window_attention(q, k, v, start, window, sinks)
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_is_trained_through_in_bfloat16() -> None:
+    exact = [torch.randn(2, 40, heads, 8, requires_grad=True) for heads in (6, 2, 2)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in exact]
+    arriving = torch.randn_like(exact[0])
+    results = []
+    for inputs in (exact, narrow):
+        out = window_attention(*inputs, 0, 7, 3)
+        results.append((out, *torch.autograd.grad(out, inputs, arriving.to(out.dtype))))
+    for wanted, got in zip(*results, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - wanted).abs().mean() < 0.03 * wanted.abs().mean()
 
 
 @torch.no_grad()

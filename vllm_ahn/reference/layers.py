@@ -7,6 +7,9 @@ from torch import nn
 QUERY_BLOCKS = (64, 512)
 """Fewest and most queries that are attended together; between them as many as one of them has keys."""
 
+FEW_KEYS = 512
+"""Most keys of a block for which the probabilities may be kept."""
+
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """`x` in float32, or float64 if it is that already."""
@@ -74,7 +77,7 @@ def window_attention(
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     """Each query sees what is `visible` ``[T, n]``; None: as many keys as queries, of which it sees the earlier."""
-    if visible is not None and q.device.type == "cpu" and torch.is_grad_enabled():
+    if visible is not None and _steps_are_faster(q, k):
         return _attend_in_steps(q, k, v, visible)
     group = q.shape[2] // k.shape[2]
     attended = F.scaled_dot_product_attention(
@@ -87,8 +90,15 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Te
     return attended.transpose(1, 2)
 
 
+def _steps_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
+    # PyTorch's way back through its fused attention is slow on CPUs in bfloat16, and in nothing else. With more keys,
+    # keeping all probabilities takes the time that it saves, and memory that nothing bounds.
+    in_training = torch.is_grad_enabled() and q.device.type == "cpu"
+    return in_training and q.dtype == torch.bfloat16 and k.shape[1] <= FEW_KEYS
+
+
 def _attend_in_steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """`_attend` with all probabilities kept: for the few keys of a block, CPUs go back through it in half the time."""
+    """`_attend` with all probabilities kept for the gradient."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(batch * kv_heads, -1, dim)
