@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
 PYTEST_ARGS ?=
+EFFORT ?= 1
 
 # The newest supported release of vLLM that has no CPU build.
 CONTRACT := 0.33.0
@@ -28,7 +29,6 @@ $(BIN)/vllm-ahn:
 demo: $(BIN)/vllm-ahn
 	@$(BIN)/python examples/demo.py
 
-EFFORT ?= 1
 small-model: $(BIN)/vllm-ahn
 	@$(BIN)/python examples/small_model/reproduce.py build/small-model --effort $(EFFORT)
 

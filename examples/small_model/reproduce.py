@@ -57,20 +57,25 @@ def find_own_commands() -> None:
     os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def train_base(folder: pathlib.Path, effort: float = 1.0) -> None:
+def share_of(steps: int, effort: float) -> int:
+    """The steps that an effort of 0.5, say, takes of all."""
+    return max(1, round(steps * effort))
+
+
+def train_base(folder: pathlib.Path, effort: float) -> None:
     command = [sys.executable, str(HERE / "train_base.py"), str(folder / "base"), "--effort", str(effort)]
     subprocess.run(command, check=True)
 
 
 def distill_command(name: str, effort: float = 1.0) -> list[str]:
     """What trains a memory, in the folder that holds base and text."""
-    steps = str(max(1, round(STEPS * effort)))
+    steps = str(share_of(STEPS, effort))
     return [
         "vllm-ahn", "distill", "base", "--memory", name, "--output", name, *RECIPE, "--steps", steps, *MEMORIES[name],
     ]  # fmt: skip
 
 
-def train_memories(folder: pathlib.Path, corpus: Corpus, effort: float = 1.0) -> None:
+def train_memories(folder: pathlib.Path, corpus: Corpus, effort: float) -> None:
     """All at once, each on a core of its own as long as there are some, and writes ``training.json`` beside each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
@@ -83,13 +88,16 @@ def train_memories(folder: pathlib.Path, corpus: Corpus, effort: float = 1.0) ->
     print(f"training {', '.join(running)}; progress in {folder}/*.log", flush=True)
     while running:
         time.sleep(1)
-        for name in [name for name, process in running.items() if process.poll() is not None]:
-            if running.pop(name).returncode:
-                for process in running.values():
-                    process.terminate()
+        for name, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[name]
+            if process.returncode:
+                for other in running.values():
+                    other.terminate()
                 sys.exit(f"{name} failed, see {folder / name}.log")
             seconds = round(time.monotonic() - started)
-            write_record(folder / name, distill_command(name, effort), corpus, seconds)
+            write_record(folder / name, process.args, corpus, seconds)
             for left in [*(folder / name).glob("checkpoint-*"), folder / f"{name}.log"]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             print(f"{name}: {seconds // 60} min", flush=True)

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qw
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from corpus import read_corpus
+from reproduce import share_of
 
 from vllm_ahn.tiny.tokenizer import LEAST_VOCAB, write_tokenizer
 
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("--effort", type=float, default=1.0, help=f"share of the {STEPS} steps to take")
     args = parser.parse_args()
-    record = train(args.output, max(1, round(STEPS * args.effort)))
+    record = train(args.output, share_of(STEPS, args.effort))
     print(json.dumps({key: value for key, value in record.items() if key != "curve"}, indent=2))
 
 
