@@ -8,8 +8,8 @@ EFFORT ?= 1
 
 # The newest supported release of vLLM that has no CPU build.
 CONTRACT := 0.33.0
-CONTRACT_TESTS := tests/contract tests/test_cache.py tests/test_arguments.py tests/test_features.py tests/test_engine_golden.py \
-    tests/test_no_memory.py
+CONTRACT_TESTS := tests/contract tests/cache tests/plugin/test_arguments.py tests/plugin/test_limits.py tests/engine/test_golden.py \
+    tests/engine/test_no_memory.py
 
 .PHONY: help .venv demo test lint contract small-model
 help:

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernel_cases.own_attention import paged_attention
 
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.compaction import compact_block_table, compact_width
-from vllm_ahn.kernels.decode_memory import decode_memory, decode_rows
+from vllm_ahn.kernels.decode import decode_memory, decode_rows
 from vllm_ahn.kernels.gates import NUM_GATES
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
 from vllm_ahn.kernels.prefill_plan import PrefillPlan
 from vllm_ahn.kernels.read_out import gated_squares, read_out
+from vllm_ahn.kernels.tables import compact_block_table, compact_width
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

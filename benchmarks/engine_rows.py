@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ahn.config import MEMORIES, NO_MEMORY
-from vllm_ahn.tiny import make_tiny
+from vllm_ahn.tools.tiny import make_tiny
 
 SHAPES: dict[str, dict[str, Any]] = {
     "3B": {
@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Arguments of `vllm_ahn.tiny.make_tiny`: Qwen2.5's own shapes, and one for a test."""
+"""Arguments of `vllm_ahn.tools.tiny.make_tiny`: Qwen2.5's own shapes, and one for a test."""
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 

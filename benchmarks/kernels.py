@@ -29,7 +29,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter import install_for_fla
+    from support.interpreter import install_for_fla
 
     install_for_fla()
 

@@ -42,7 +42,7 @@ from length_report import draw, markdown
 from prompts import prompt
 
 from vllm_ahn.config import NO_MEMORY
-from vllm_ahn.evaluation.plot import check_plot
+from vllm_ahn.tools.evaluate.plot import check_plot
 
 FULL, WINDOW, AHN = "full", "window", "ahn-gdn"
 REQUESTS, ANSWER = 4, 32

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine_rows import ROWS, Comparison
 
-from vllm_ahn.cost.curves import AHN, FULL, STYLE, WINDOW, spread
+from vllm_ahn.tools.cost.curves import AHN, FULL, STYLE, WINDOW, spread
 
 MIB = 2**20
 PARTS: tuple[tuple[str, str, str, str, float], ...] = (

@@ -1,8 +1,8 @@
 """Random weights for vLLM's ``load_format="dummy"`` that give clear answers.
 
-vLLM's own dummy values are so small that every token is as likely as any other. These are scaled as those of
-`vllm_ahn.tiny` are, made on the device in the engine's process, and depend on a parameter's name and the seed alone:
-engines of one base have the same base weights, with an AHN and without.
+vLLM's own dummy values are so small that every token is as likely as any other. These are scaled as
+those of `vllm_ahn.tools.tiny` are, made on the device in the engine's process, and depend on a parameter's name and the
+seed alone: engines of one base have the same base weights, with an AHN and without.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def fill(model: Any, seed: int, *, tied: bool) -> None:
     """Gives every parameter of a Qwen ``model`` its random value; ``tied``: its head is its embedding."""
     import torch
 
-    from vllm_ahn.tiny.weights import random_values
+    from vllm_ahn.tools.tiny.weights import random_values
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = random_values(name, tuple(parameter.shape), seed, parameter.device)
-            # As in `vllm_ahn.tiny.weights.base_tensors`: logits of size 2, and no token its own best successor.
+            # As in `vllm_ahn.tools.tiny.weights.base_tensors`: logits of size 2, and no token its own best successor.
             if name.endswith("embed_tokens.weight"):
                 values *= 0.5 if tied else math.sqrt(parameter.shape[1])
             elif name == "model.norm.weight" and tied:

@@ -33,7 +33,7 @@ from machine import describe
 from prompts import prompt
 from stepped_engine import Answer, Throughput
 
-from vllm_ahn.tiny import TinyPaths, make_tiny
+from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
 SHAPE = SHAPES["0.5B"] | {"layers": 4, "max_position_embeddings": 32768}
 WINDOW, SINKS, BLOCK = 992, 32, 32  # tokens

@@ -10,9 +10,9 @@ is. All compute, for one sequence and one query head (``M`` is ``[Dk, Dv]``):
 heads of a group, decays ``g``, rates ``b`` and states are per query head.
 """
 
-from .chunk import chunk_recurrence
-from .naive import naive_recurrence
-from .norm import l2_normalize
-from .step import recurrent_step
+from .recurrence.chunk import chunk_recurrence
+from .recurrence.naive import naive_recurrence
+from .recurrence.norm import l2_normalize
+from .recurrence.step import recurrent_step
 
 __all__ = ["chunk_recurrence", "l2_normalize", "naive_recurrence", "recurrent_step"]

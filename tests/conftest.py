@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from support.paths import TESTS
+
 os.environ.update(
+    # For programs of `support` that tests start.
+    PYTHONPATH=os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))),
     # The engine in this process, with this process's threads: it starts in about a second.
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",

@@ -16,10 +16,10 @@ import pytest
 
 import vllm_ahn
 import vllm_ahn.kernels
+from support.paths import ROOT
 from vllm_ahn import plugin
 from vllm_ahn.plugin import compat
 
-ROOT = Path(__file__).parents[1]
 SOURCE = ("vllm_ahn", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
@@ -116,7 +116,7 @@ def test_entry_points() -> None:
     [point] = [point for point in entry_points(group=plugin.GROUP) if point.name == plugin.NAME]
     assert point.load() is plugin.register
     [script] = [s for s in entry_points(group="console_scripts") if s.name == "vllm-ahn"]
-    assert script.value == "vllm_ahn.commands:main"
+    assert script.value == "vllm_ahn.tools.cli:main"
 
 
 def test_metadata() -> None:

@@ -11,7 +11,7 @@ import torch
 from kernel_cases.own_attention import paged_attention, segments_of
 from kernel_cases.pool import Pool
 from kernel_cases.setting import Model, Setting
-from vllm_ahn.kernels.compaction import TILE_BLOCKS, compact_block_table, compact_width
+from vllm_ahn.kernels.tables import TILE_BLOCKS, compact_block_table, compact_width
 
 
 @dataclass

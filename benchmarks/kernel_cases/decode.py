@@ -11,8 +11,8 @@ from kernel_cases.pool import Pool
 from kernel_cases.results import Aim, Row
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call
-from paged_case import poisoned, random_gates
-from vllm_ahn.kernels.decode_memory import decode_memory, decode_rows
+from support.paged_case import poisoned, random_gates
+from vllm_ahn.kernels.decode import decode_memory, decode_rows
 from vllm_ahn.kernels.gates import NUM_GATES
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
 from vllm_ahn.kernels.prefill_plan import Stretch, plan_prefill

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from kernel_cases.pool import Pool
-from paged_case import Shape, decay_and_rate
+from support.paged_case import Shape, decay_and_rate
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence, recurrent_step
 
 CHUNKED_FROM = 256

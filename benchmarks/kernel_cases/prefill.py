@@ -11,9 +11,9 @@ from kernel_cases.pool import Pool
 from kernel_cases.results import Aim, Row
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call
-from paged_case import random_gates
+from support.paged_case import random_gates
+from vllm_ahn.kernels.prefill import chunk_stretches, prefill_memory
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches
-from vllm_ahn.kernels.prefill_memory import chunk_stretches, prefill_memory
 from vllm_ahn.kernels.prefill_plan import Stretch, plan_prefill
 
 MEAN, MOST = 1.5e-2, 5e-2

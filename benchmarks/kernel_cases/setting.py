@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kernel_cases.timing import Timer
-from paged_case import Shape
+from support.paged_case import Shape
 
 
 @dataclass(frozen=True)

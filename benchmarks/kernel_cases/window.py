@@ -12,10 +12,10 @@ from kernel_cases.pool import Pool
 from kernel_cases.results import Aim, Row
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call, Timer
-from paged_case import random_gates
+from support.paged_case import random_gates
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.decode_memory import decode_memory, decode_rows
-from vllm_ahn.kernels.prefill_memory import prefill_memory
+from vllm_ahn.kernels.decode import decode_memory, decode_rows
+from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_plan import Stretch, plan_prefill
 
 MEAN, MOST = 1e-2, 3e-2

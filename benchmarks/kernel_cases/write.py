@@ -9,7 +9,7 @@ from kernel_cases.pool import Pool
 from kernel_cases.results import Aim, Row
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call
-from paged_case import random_gates
+from support.paged_case import random_gates
 from vllm_ahn.cache.page import WindowPages
 from vllm_ahn.kernels.cache_write import write_window_pages
 from vllm_ahn.kernels.gates import NUM_GATES

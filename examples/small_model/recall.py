@@ -111,7 +111,7 @@ def plot(rows: Sequence[dict[str, Any]], distances: Sequence[int], window: int, 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from vllm_ahn.evaluation.plot import COLOURS
+    from vllm_ahn.tools.evaluate.plot import COLOURS
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, key, title in zip(

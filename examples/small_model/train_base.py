@@ -27,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from corpus import read_corpus
 from reproduce import share_of
 
-from vllm_ahn.tiny.tokenizer import LEAST_VOCAB, write_tokenizer
+from vllm_ahn.tools.tiny.tokenizer import LEAST_VOCAB, write_tokenizer
 
 SEED = 1
 STEPS = 1500

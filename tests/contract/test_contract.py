@@ -19,10 +19,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-import flash_emulation
-from golden_data import CONFIGURATIONS
+from support import flash_emulation
+from support.golden_data import CONFIGURATIONS
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
-from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataBuilder
+from vllm_ahn.attention.gpu.plan import AHNGpuMetadataBuilder
 from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
 from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec

@@ -45,10 +45,10 @@ class AHNWindowBackend(_AHNBackend):
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
         if runs_triton():
-            from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataBuilder
+            from vllm_ahn.attention.gpu.plan import AHNGpuMetadataBuilder
 
             return AHNGpuMetadataBuilder
-        from vllm_ahn.attention.cpu.planner import AHNMetadataBuilder
+        from vllm_ahn.attention.cpu.plan import AHNMetadataBuilder
 
         return AHNMetadataBuilder
 

@@ -24,9 +24,9 @@ def core() -> ModuleType:
     They are imported on demand: each needs kernels that the other's device lacks.
     """
     if runs_triton():
-        from vllm_ahn.attention.gpu import core as gpu
+        from vllm_ahn.attention.gpu import compute as gpu
 
         return gpu
-    from vllm_ahn.attention.cpu import core as cpu
+    from vllm_ahn.attention.cpu import compute as cpu
 
     return cpu

@@ -19,9 +19,9 @@ are not the base's ``o_proj`` and ``q_proj``."""
 class Memory(nn.Module, ABC):
     """A compressed memory: the module that checkpoints call ``model.layers.N.ahn.fn``.
 
-    All memories are one recurrence (arXiv 2510.07318, and :mod:`vllm_ahn.kernels.naive`). They differ in how a token's
-    hidden state becomes the decay ``g`` and the rate ``b``, in whether the delta rule applies, and in the read-out.
-    Modules hold the heads of one tensor-parallel rank; shapes below count those.
+    All memories are one recurrence (arXiv 2510.07318, and :mod:`vllm_ahn.kernels.recurrence.naive`). They differ in how
+    a token's hidden state becomes the decay ``g`` and the rate ``b``, in whether the delta rule applies, and in the
+    read-out. Modules hold the heads of one tensor-parallel rank; shapes below count those.
 
     Args:
         hidden_size: width of the hidden states.

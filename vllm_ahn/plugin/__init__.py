@@ -34,7 +34,7 @@ def register() -> None:
         import vllm
 
         from vllm_ahn import cache, models
-        from vllm_ahn.plugin import compat, features, patches
+        from vllm_ahn.plugin import compat, limits, patches
 
         compat.check_vllm_version(vllm.__version__)
         from vllm.model_executor.models import ModelRegistry
@@ -42,7 +42,7 @@ def register() -> None:
         for architecture, model_class in models.MODEL_CLASSES.items():
             ModelRegistry.register_model(architecture, model_class)
         cache.register_specs()
-        features.install()
+        limits.install()
         patches.patch_arguments()
     except AHNError:
         raise

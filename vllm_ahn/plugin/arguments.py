@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_ahn import checkpoint
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin import features, overrides, setting
+from vllm_ahn.plugin import limits, overrides, setting
 from vllm_ahn.plugin.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def resolve(args: EngineArgs) -> tuple[AHNConfig, Any] | None:
 
     On return ``args.additional_config["ahn"]`` is the resolved configuration. May be called again on the same
     arguments. Raises `AHNError` for whatever is wrong with the checkpoint, the base, the lengths, or the
-    features.
+    limits.
     """
     setting.check_keys(args.additional_config)
     wish = setting.ahn_setting(args.additional_config)
     if wish is None and not _is_merged(args):
         return None
-    features.check(Wanted.from_engine_args(args))
+    limits.check(Wanted.from_engine_args(args))
     base_config = _base_config(args)
     overrides.ahn_architecture(base_config, args.model)
     if wish == {} and not checkpoint.looks_merged(base_config):
@@ -76,7 +76,7 @@ def resolve(args: EngineArgs) -> tuple[AHNConfig, Any] | None:
         base_revision=args.revision,
         base_config=base_config,
         load_format=str(args.load_format),
-        state_dtype=features.state_dtype(args.mamba_ssm_cache_dtype),
+        state_dtype=limits.state_dtype(args.mamba_ssm_cache_dtype),
     )
     if config is None:
         return None

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from vllm_ahn.checkpoint.headers import read_headers
+from vllm_ahn.checkpoint.read import read_headers
 from vllm_ahn.checkpoint.tensors import is_ahn_tensor
 from vllm_ahn.errors import AHNError
 

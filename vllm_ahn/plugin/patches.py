@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_ahn.config import parse_length
 from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin import arguments, features, lora, overrides, setting
+from vllm_ahn.plugin import arguments, limits, lora, overrides, setting
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -125,7 +125,7 @@ def _patch_create_model_config(engine_args: type[EngineArgs]) -> None:
 
 
 def _patch_create_engine_config(engine_args: type[EngineArgs]) -> None:
-    # vLLM's hook on whole configurations (features.install) is called inside a validator, which wraps what is
+    # vLLM's hook on whole configurations (limits.install) is called inside a validator, which wraps what is
     # raised in a report on every field; and what happens after the hook can still turn off what AHN needs.
     original = engine_args.create_engine_config
 
@@ -134,7 +134,7 @@ def _patch_create_engine_config(engine_args: type[EngineArgs]) -> None:
         try:
             config = original(self, *args, **kwargs)
             if setting.is_resolved(setting.ahn_setting(config.additional_config)):
-                features.check_config(config)
+                limits.check_config(config)
                 if config.lora_config is not None:
                     _patch_lora_requests()
         except Exception as error:

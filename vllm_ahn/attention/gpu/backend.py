@@ -16,7 +16,7 @@ def choose_attention(spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch
     """The kernel for layers of ``spec``.
 
     Nobody has measured yet which of the two is faster on what device, so FlashAttention has to be asked for. What it
-    cannot do :mod:`vllm_ahn.plugin.features` has refused.
+    cannot do :mod:`vllm_ahn.plugin.limits` has refused.
 
     Raises:
         AHNError: FlashAttention is asked for and this build of vLLM has none for the device.

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ahn.attention.core import core
 from vllm_ahn.attention.gpu.backend import choose_attention
-from vllm_ahn.attention.gpu.metadata import AHNGpuMetadataPlanner
+from vllm_ahn.attention.gpu.plan import AHNGpuMetadataPlanner
 from vllm_ahn.cache.specs import window_spec
 
 if TYPE_CHECKING:

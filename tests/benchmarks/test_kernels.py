@@ -1,0 +1,228 @@
+"""benchmarks/kernels.py: what it verifies and refuses, in the interpreter, and what it makes of times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from support.paths import BENCHMARKS, ROOT
+
+sys.path.insert(0, str(BENCHMARKS))
+
+from kernel_cases import timing
+from kernel_cases.checks import Mismatch, compare, untouched
+from kernel_cases.results import Aim, Row, table, verdict
+from kernel_cases.timing import Timer, Times
+
+
+def python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("kernels")
+    done = python("tests/support/kernel_benchmark_case.py", str(folder), interpret=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    print(done.stdout)
+    return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "times", "ratio", "aims"),
+    [
+        ("write", 1, {"write", "copy"}, "% of copy", 0),
+        ("decode", 1, {"memory", "read out", "both", "fla alone", "fla on pages", "copy"}, "fla on pages/memory", 2),
+        ("prefill", 1, {"memory", "fla alone", "read out"}, "memory/fla alone", 0),
+        (
+            "window",
+            2,
+            {"AHN layer", "no memory layer", "full layer", "window", "full", "memory", "plan a step"},
+            "full layer/AHN layer",
+            2,
+        ),
+    ],
+)
+def test_verifies_and_times(
+    results: dict[str, Any], case: str, rows: int, times: set[str], ratio: str, aims: int
+) -> None:
+    result = results[case]
+    assert result["failures"] == []
+    assert len(result["cases"][case]) == rows
+    for row in result["cases"][case]:
+        assert set(row["times"]) == times
+        assert row["ratios"][ratio] > 0
+    assert len(result["aims"]) == aims
+    assert "torch" in result["machine"]["versions"] and result["setting"]["window"] == 40
+    assert "not vLLM's" in result["attention"]
+
+
+def test_attention_by_vllm_is_verified(results: dict[str, Any]) -> None:
+    assert results["vllm"]["failures"] == [] and results["vllm"]["cases"] == {"window": []}
+    assert "unified_attention" in results["vllm"]["attention"]
+
+
+def test_what_is_wrong_is_not_timed(results: dict[str, Any]) -> None:
+    wrong = results["wrong"]
+    (failure,) = wrong["failures"]
+    assert "decode_memory's reads" in failure and "off by 0.001" in failure
+    assert wrong["cases"]["decode"] == [] and len(wrong["cases"]["write"]) == 1
+    assert [aim["met"] for aim in wrong["aims"]] == [None, None]
+
+
+def test_what_there_is_no_time_for_is_named(results: dict[str, Any]) -> None:
+    late = results["late"]
+    assert late["left out"] == ["Cache write, tiny, Mamba2"] and late["failures"] == []
+    assert late["cases"]["write"] == [] and results["write"]["left out"] == []
+
+
+def test_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = python("benchmarks/kernels.py", "--device", "cpu", "--cases", "write", "--json", str(file), interpret=True)
+    assert done.returncode == 0, done.stderr
+    assert "nothing was timed" in done.stdout
+    assert json.loads(file.read_text())["cases"] == {"write": []}
+    done = python("benchmarks/kernels.py", "--device", "cpu", interpret=False)
+    assert done.returncode == 2 and "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_needs_no_vllm() -> None:
+    """As on a machine without it; nor does what the benchmark imports bring it in."""
+    code = """
+import sys
+sys.modules["vllm"] = None
+sys.path.insert(0, "benchmarks")
+import kernels
+from kernel_cases import attention
+from kernel_cases.setting import Setting
+assert attention.chosen(Setting(None, None)) == "own"
+"""
+    done = python("-c", code, interpret=False)
+    assert done.returncode == 0, done.stderr
+
+
+def row(batch: int, ratio: float) -> Row:
+    return Row("case", "3B", "Mamba2", {"batch": batch, "bytes": 5}, {"memory": Times(1234.5, 1, 2, 3)}, {"r": ratio})
+
+
+def test_table_and_aims() -> None:
+    rows = [row(1, 0.5), row(32, 2.25)]
+    lines = table(rows).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
+    assert lines[0].split()[:3] == ["model", "memory", "batch"] and "bytes" not in lines[0]
+    assert lines[2].split() == ["3B", "Mamba2", "32", "1,234", "2.25"]
+    least, most = Aim.least("fast", 1, rows, "r"), Aim.most("slow", 3, rows, "r")
+    assert (
+        not least.met and least.measured == 0.5 and verdict(least).startswith("FAIL") and "batch 1)" in verdict(least)
+    )
+    assert most.met and most.measured == 2.25 and verdict(most).startswith("pass")
+    nothing = Aim.least("fast", 1, [], "r")
+    assert nothing.met is None and "not measured" in verdict(nothing)
+
+
+def test_compare() -> None:
+    wanted = torch.randn(100)
+    assert compare("x", wanted, wanted, mean=0, most=0) == 0
+    off = wanted.clone()
+    off[3] += 0.5 * wanted.abs().max()
+    for got, reason in (
+        (off, "off by"),
+        (wanted.index_fill(0, torch.tensor([7]), torch.nan), "1 of 100 elements are not finite"),
+        (wanted[:99], "shape"),
+    ):
+        with pytest.raises(Mismatch, match=reason):
+            compare("x", got, wanted, mean=1e-1, most=1e-1)
+    nan = torch.full((4,), torch.nan)
+    untouched("x", nan, nan.clone())
+    with pytest.raises(Mismatch, match="bytes"):
+        untouched("x", nan, nan.index_fill(0, torch.tensor([1]), 0.0))
+
+
+class FakeDevice:
+    """A GPU on which a call takes as long as it says: ``torch.cuda`` with a clock of its own, in microseconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.captured: list[float] | None = None
+
+    def spend(self, microseconds: float) -> Callable[[], None]:
+        def call() -> None:
+            if self.captured is not None:
+                self.captured.append(microseconds)
+            else:
+                self.now += microseconds
+
+        return call
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any) -> Any:
+        self.captured = []
+        yield
+        graph.calls, self.captured = self.captured, None
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = self
+
+        class Graph:
+            calls: list[float]
+
+            def replay(self) -> None:
+                device.now += sum(self.calls)
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = device.now
+
+            def elapsed_time(self, end: Any) -> float:
+                return (end.at - self.at) / 1e3
+
+        stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+        properties = SimpleNamespace(name="fake", multi_processor_count=3, total_memory=1 << 30, L2_cache_size=1 << 10)
+        for name, value in {
+            "get_device_properties": lambda _: properties,
+            "Stream": lambda _: stream,
+            "current_stream": lambda _: stream,
+            "stream": lambda _: nullcontext(),
+            "CUDAGraph": Graph,
+            "graph": self.graph,
+            "Event": Event,
+            "synchronize": lambda _: None,
+            "_sleep": lambda _: self.spend(1e6)(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    device.install(monkeypatch)
+    monkeypatch.setattr(timing, "COPIED", 4096)
+    # A copy of 4096 bytes takes 2 us: what it reads and writes makes 4.096 GB/s.
+    copied = device.spend(2.0)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: copied())
+    timer = Timer(torch.device("cpu"))
+    assert timer.copy_bandwidth == pytest.approx(4.096)
+    assert timer.percent_of_copy(4096, 2.0) == pytest.approx(50)
+    assert timer.copy(1000).median == pytest.approx(2.0)
+    assert timer.copy(16384).median == pytest.approx(4.0)  # twice what the tensors hold
+    assert [timer.sets(n) for n in (1, 100, 4096, 1 << 20)] == [256, 41, 1, 1]
+
+    times = timer.graph([device.spend(3.0), device.spend(5.0)])
+    assert times.median == times.low == times.high == pytest.approx(4.0) and times.host is None
+    assert times.repetitions >= 5
+    times = timer.stream(device.spend(7.0))  # neither the pause nor the flush counts
+    assert times.median == pytest.approx(7.0) and times.host is not None
+    assert timer.describe()["copy GB/s"] == 4.1

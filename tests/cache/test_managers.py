@@ -1,0 +1,136 @@
+"""The two memories' pages, specs and managers: who holds how many blocks, and when."""
+
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+from vllm.utils.math_utils import cdiv
+
+from support.cache_case import specs
+from support.engines import cache_manager, engine
+from support.golden_data import CONFIGURATIONS
+from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+
+GDN = CONFIGURATIONS["gdn_qwen2"]
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+@pytest.mark.parametrize("heads, kv_heads, head_size, gates", [(14, 2, 64, 2), (4, 4, 80, 1), (5, 1, 128, 2)])
+def test_planes_of_a_window_page(block_size: int, heads: int, kv_heads: int, head_size: int, gates: int) -> None:
+    """Planes tile a page exactly, and each starts where kernels can load it."""
+    layout = WindowPageLayout(kv_heads, head_size, gates * heads // kv_heads, block_size, torch.bfloat16)
+    cache = torch.zeros(3, kv_heads, block_size, layout.content_elements, dtype=layout.dtype)
+    assert cache[0].numel() * 2 == layout.page_bytes
+    pages = WindowPages(cache, layout)
+    for value, plane in enumerate((pages.keys, pages.values, pages.gates), start=1):
+        plane += value
+        assert plane.stride(0) * 2 == layout.page_bytes
+        assert plane.storage_offset() * 2 % 16 == 0
+        assert plane.stride(1) * 2 % 16 == 0
+    written, counts = cache.unique(return_counts=True)
+    assert written.tolist() == [1, 2, 3]
+    assert counts.tolist() == [plane.numel() for plane in (pages.keys, pages.values, pages.gates)]
+    pages.keys_transposed[1, 0, :, 5] = torch.arange(head_size).bfloat16()
+    assert torch.equal(
+        cache[1, 0].flatten()[5 : head_size * block_size : block_size], torch.arange(head_size).bfloat16()
+    )
+
+
+def test_window_pages_of_another_shape_are_refused() -> None:
+    layout = WindowPageLayout(2, 64, 4, 16, torch.bfloat16)
+    with pytest.raises(ValueError, match="window pages must be"):
+        WindowPages(torch.zeros(3, 2, 16, 128, dtype=torch.bfloat16), layout)
+
+
+@pytest.mark.parametrize("page_bytes", [8704, 18176, 70000 // 16 * 16])
+@pytest.mark.parametrize("heads, head_size", [(14, 64), (3, 80), (5, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_come_back_from_their_pages(page_bytes: int, heads: int, head_size: int, dtype: torch.dtype) -> None:
+    """Whatever pages a state is given, in any order; and no other page changes."""
+    layout = StatePageLayout(heads, head_size, page_bytes, dtype)
+    assert layout.num_pages == cdiv(heads * head_size, page_bytes // (head_size * dtype.itemsize))
+    cache = torch.full((4 * layout.num_pages, 1, 16, page_bytes // 32), float("nan"), dtype=torch.bfloat16)
+    pages = StatePages(cache, layout)
+    ids = torch.randperm(len(cache))[: 3 * layout.num_pages].view(3, layout.num_pages)
+    states = torch.randn(3, heads, head_size, head_size).to(dtype).float()
+    pages.scatter(ids, states)
+    assert torch.equal(pages.gather(ids), states)
+    assert torch.equal(pages.gather(ids.flip(0)), states.flip(0))
+    others = torch.ones(len(cache), dtype=torch.bool).index_fill_(0, ids.flatten(), False)
+    assert cache[others].isnan().all()
+
+
+def config(max_model_len: int, max_in_flight_tokens: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        model_config=types.SimpleNamespace(max_model_len=max_model_len),
+        max_in_flight_tokens=max_in_flight_tokens,
+        parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
+    )
+
+
+def test_specs_share_a_page_size_and_never_a_group() -> None:
+    window, state = specs(100, 10, 64, 16)
+    assert window.page_size_bytes == state.page_size_bytes == 2 * 16 * (2 * 64 + 14) * 2
+    assert window.dtype == state.dtype
+    assert not window.is_uniform_with_collection({"a": window, "b": state})
+    assert not state.is_uniform_with_collection({"b": state, "a": window})
+    assert not state.prefix_cacheable
+
+
+@pytest.mark.parametrize("max_model_len, has_state", [(110, False), (111, True), (100_000, True)])
+def test_memory_of_the_longest_request(max_model_len: int, has_state: bool) -> None:
+    window, state = specs(100, 10, 64, 16)
+    blocks = min(cdiv(max_model_len, 16), 1 + cdiv(100 + 64, 16) + 1)
+    vllm_config = config(max_model_len, 64)
+    assert window.max_memory_usage_bytes(vllm_config) == blocks * window.page_size_bytes  # type: ignore[arg-type]
+    pages = state.num_pages if has_state else 0
+    assert state.max_memory_usage_bytes(vllm_config) == pages * state.page_size_bytes  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=[(24, 8), (24, 0), (33, 17), (50, 40)], ids=lambda p: f"W{p[0]}-S{p[1]}")
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, int, int]]:
+    window, sinks = request.param
+    ahn = {"checkpoint": str(GDN.ahn), "window": window, "sinks": sinks}
+    with engine(GDN.base, ahn, block_size=16, max_num_batched_tokens=40) as llm:
+        yield llm, window, sinks
+
+
+def test_blocks_held_at_every_step(served: tuple[LLM, int, int]) -> None:
+    """From the first token to far past the window: what is needed is held, and hardly more."""
+    llm, window, sinks = served
+    manager = cache_manager(llm)
+    window_manager, state_manager = manager.coordinator.single_type_managers
+    null = manager.block_pool.null_block
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request("0", {"prompt_token_ids": GDN.case(100).prompt.tolist()}, params)
+    (request,) = llm.llm_engine.engine_core.engine_core.scheduler.requests.values()
+    name, most = request.request_id, 0
+    while llm.llm_engine.has_unfinished_requests():
+        computed = request.num_computed_tokens
+        llm.llm_engine.step()
+        if name not in window_manager.req_to_blocks:
+            break
+        total = request.num_computed_tokens
+        held = {i for i, block in enumerate(window_manager.req_to_blocks[name]) if block is not null}
+        oldest_needed = max(0, computed - window)
+        needed = {i // 16 for i in range(total) if i < sinks or i >= oldest_needed}
+        assert held == needed
+        assert len(held) == window_manager.spec.num_held_blocks(total, computed)
+        states = state_manager.req_to_blocks.get(name, [])
+        assert len(states) == (state_manager.num_pages if total > window + sinks else 0)
+        most = max(most, len(held))
+    cap = window_manager.kv_cache_spec.max_admission_blocks_per_request(1024)
+    assert most <= cap
+    assert manager.usage == 0
+
+
+def test_a_prompt_longer_than_the_pool_is_admitted() -> None:
+    """The pool holds 320 tokens; a request of 900 needs few of them at a time."""
+    ahn = {"checkpoint": str(GDN.ahn), "window": 24, "sinks": 8}
+    with engine(GDN.base, ahn, block_size=16, num_gpu_blocks_override=20, max_num_batched_tokens=64) as llm:
+        prompt = torch.randint(512, (900,), generator=torch.Generator().manual_seed(0))
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+        (output,) = llm.generate([{"prompt_token_ids": prompt.tolist()}], params, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 20

@@ -1,0 +1,119 @@
+"""The GPU path end to end: vLLM's V2 model runner and Triton kernels in the interpreter give the golden tokens."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from support.golden_data import CONFIGURATIONS, GENERATED, Golden
+from support.interpreted_engine import TWO_PROCESSES, run
+from vllm_ahn.reference import from_folders
+
+V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
+
+
+def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) -> dict[str, Any]:
+    """Run the golden prompts of these lengths; checks the tokens, returns what else there is to see."""
+    cases = [golden.case(length) for length in lengths]
+    ahn = {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
+    result = run(golden.base, ahn, [case.prompt.tolist() for case in cases], GENERATED, **arguments)
+    assert {worker["core"] for worker in result["workers"]} == {"vllm_ahn.attention.gpu.compute"}
+    for case, tokens in zip(cases, result["tokens"], strict=True):
+        assert tokens == case.tokens.tolist(), case.length
+    return result
+
+
+@pytest.mark.parametrize("golden", CONFIGURATIONS.values(), ids=lambda golden: golden.name)
+def test_all_lengths_in_one_batch(golden: Golden) -> None:
+    constants = {"metadata.QUERIES_PER_ROW": 40, "triton_attention.SEGMENTS": 4}
+    result = continuations(golden, golden.lengths, block_size=16, max_num_seqs=8, constants=constants)
+    assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER]
+
+
+def test_sinks_and_window_without_a_memory() -> None:
+    golden = CONFIGURATIONS["gdn_qwen2"]
+    asked = [golden.case(length).prompt.tolist() for length in golden.lengths]
+    setting = {"checkpoint": "none", "window": golden.window, "sinks": golden.sinks}
+    result = run(golden.base, setting, asked, 3, block_size=16, max_num_seqs=8)
+    reference = from_folders(golden.base, "none", golden.window, golden.sinks)
+    expected = [reference.generate(torch.tensor([prompt]), 3).tokens[0].tolist() for prompt in asked]
+    assert (result["workers"][0]["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.compute", expected)
+
+
+def test_flash_attention() -> None:
+    """The golden configuration that FlashAttention can serve: without sinks."""
+    golden = CONFIGURATIONS["gdn_qwen2_s0"]
+    result = continuations(golden, (20, 29), block_size=16, max_num_seqs=2, flash_version=3)
+    decode = {"version": 3, "max_seqlen_q": 1, "window": golden.window - 1, "scheduled": True}
+    assert any(call.items() >= decode.items() for call in result["flash_calls"])
+
+
+@pytest.mark.parametrize("flash_version", [None, 2], ids=["triton", "flash"])
+def test_sinks_that_fill_their_blocks(flash_version: int | None) -> None:
+    """Attention by a sliding window over rearranged tables: decodes, and a chunk longer than the window beside one."""
+    golden, window, sinks, generated = CONFIGURATIONS["gdn_qwen2"], 32, 16, 3
+    asked = [golden.case(length).prompt.tolist() for length in (37, 100)]
+    setting = {"checkpoint": str(golden.ahn), "window": window, "sinks": sinks}
+    result = run(golden.base, setting, asked, generated, block_size=16, max_num_seqs=2, flash_version=flash_version)
+    reference = from_folders(golden.base, golden.ahn, window, sinks)
+    expected = [reference.generate(torch.tensor([prompt]), generated).tokens[0].tolist() for prompt in asked]
+    assert (result["workers"][0]["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.compute", expected)
+    assert bool(result["flash_calls"]) == (flash_version is not None)
+
+
+def test_chunks_of_64_tokens() -> None:
+    """Chunks that begin inside ``W + S`` and end past it, beside decodes and short requests."""
+    golden = CONFIGURATIONS["gdn_qwen2"]
+    continuations(golden, golden.lengths, max_num_batched_tokens=64, max_num_seqs=8, warm_up=True)
+
+
+def test_preemption_and_stale_rows() -> None:
+    """Requests lose pages and state and start again, in rows of the tables where others left longer tails."""
+    golden = CONFIGURATIONS["mamba2_qwen2"]
+    result = continuations(
+        golden,
+        (100, 37, 100, 20, 37, 32),
+        block_size=16,
+        max_model_len=160,
+        max_num_seqs=3,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=15,
+    )
+    assert result["preemptions"] > 0
+
+
+def test_v1_runner() -> None:
+    golden = CONFIGURATIONS["dn_qwen3"]
+    result = continuations(golden, (20, 37), environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}, max_num_seqs=2)
+    assert result["workers"][0]["runner"] != V2_RUNNER
+
+
+@pytest.mark.parametrize("name", ["mamba2_qwen2", "dn_qwen3"])
+def test_two_tensor_parallel_processes(name: str) -> None:
+    """Heads, gates and states are split; Mamba2's norm is a sum over both."""
+    result = continuations(
+        CONFIGURATIONS[name],
+        (20, 37),
+        environment=TWO_PROCESSES,
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+    )
+    assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER] * 2
+
+
+def test_two_pipeline_stages() -> None:
+    """Each process has layers, weights, pages and states of its own, and metadata for them."""
+    result = continuations(
+        CONFIGURATIONS["gdn_qwen2"],
+        (20, 37),
+        environment=TWO_PROCESSES,
+        distributed_executor_backend="mp",
+        pipeline_parallel_size=2,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+    )
+    assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER] * 2
+    layers = [set(worker["layers"]) for worker in result["workers"]]
+    assert all(layers) and not set.intersection(*layers)

@@ -1,0 +1,75 @@
+"""Kernels on pools whose offsets do not fit 32 bits, against plain indexing."""
+
+import pytest
+import torch
+
+from support.paged_case import PagedCase, Shape, decay_and_rate, poisoned, random_gates
+from vllm_ahn.kernels import l2_normalize, recurrent_step
+from vllm_ahn.kernels.cache_write import write_window_pages
+from vllm_ahn.kernels.decode import decode_memory
+from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
+from vllm_ahn.kernels.prefill_plan import Stretch, plan_prefill
+
+SHAPE = Shape(4, 2, 64, 16, "GatedDeltaNet", torch.bfloat16)
+WINDOW, SINKS, TOKENS = 30, 2, 60
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs() -> None:
+    print("torch seed", torch.seed())
+
+
+def test_pages_far_apart() -> None:
+    """Written, absorbed one by one, and gathered."""
+    case = PagedCase(SHAPE, 2, TOKENS, vast=True)
+    assert case.cache.stride(0) * 9 > 2**31 and case.state.columns.stride(0) * 9 > 2**31
+    assert int(case.window_table[:, :4].min()) >= 9
+    pages = (case.window.keys, case.window.values, case.window.gates)
+    key, value = torch.randn(2, 2 * TOKENS, SHAPE.kv_heads, SHAPE.head_size).bfloat16()
+    gates = random_gates(SHAPE, 2 * TOKENS)
+    positions = torch.arange(TOKENS)
+    slots = torch.cat((case.slots(0, positions), case.slots(1, positions)))
+    write_window_pages(key, value, gates, slots, *pages)
+    blocks, offsets = slots // SHAPE.block_size, slots % SHAPE.block_size
+    assert torch.equal(case.window.keys[blocks, :, offsets], key)
+    assert torch.equal(case.window.values[blocks, :, offsets], value)
+    assert torch.equal(case.window.gates[blocks, :, offsets], gates.reshape(2 * TOKENS, 2, -1).bfloat16())
+
+    t = 50
+    states = torch.randn(2, SHAPE.heads, SHAPE.head_size, SHAPE.head_size)
+    for request in range(2):
+        case.put_state(request, states[request])
+    q = torch.randn(2, SHAPE.heads, SHAPE.head_size).bfloat16()
+    o = poisoned(2, SHAPE.heads, SHAPE.head_size)
+    rows, seq_lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([t + 1, t + 1], dtype=torch.int32)
+    decode_memory(
+        q,
+        *pages,
+        case.window_table,
+        case.state.columns,
+        case.state_table,
+        rows,
+        seq_lens,
+        o,
+        memory=SHAPE.memory,
+        window=WINDOW,
+        sinks=SINKS,
+        scale=SHAPE.scale,
+    )
+    absorbed = torch.tensor([t - WINDOW, TOKENS + t - WINDOW])
+    g, b = decay_and_rate(SHAPE, gates[absorbed].bfloat16().float(), torch.empty(0))
+    k, v = l2_normalize(key[absorbed]), value[absorbed]
+    wanted, states = recurrent_step(l2_normalize(q), k, v, g, b, SHAPE.scale, True, states)
+    torch.testing.assert_close(o, wanted, rtol=2e-5, atol=2e-5)
+
+    stretches = [Stretch(request, request, t + 1, 1) for request in range(2)]
+    plan = plan_prefill(stretches, case.window_table, window=WINDOW, sinks=SINKS, block_size=SHAPE.block_size)
+    gathered = gather_states(case.state.columns, case.state_table, SHAPE.heads, plan)
+    torch.testing.assert_close(gathered.mT, states, rtol=2e-5, atol=2e-5)
+    new = torch.randn_like(gathered)
+    scatter_states(new, case.state.columns, case.state_table, plan)
+    assert torch.equal(torch.stack([case.get_state(0), case.get_state(1)]), new.mT)
+    _, k, v, g, _ = gather_stretches(q, *pages, plan, memory=SHAPE.memory)
+    torch.testing.assert_close(k[:, ::2].float(), l2_normalize(key[absorbed + 1]), rtol=8e-3, atol=1e-6)
+    assert torch.equal(v[:, ::2], value[absorbed + 1])
+    assert torch.equal(g, gates[absorbed + 1][..., 0].bfloat16().float())

@@ -1,0 +1,172 @@
+"""prefill_memory against naive_recurrence; its gathers and scatters against plain indexing."""
+
+import pytest
+import torch
+
+from support.interpreter import install_for_fla
+from support.paged_case import PagedCase, Shape, decay_and_rate, random_gates
+from vllm_ahn.kernels import l2_normalize, naive_recurrence
+from vllm_ahn.kernels.prefill import prefill_memory
+from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
+from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
+
+install_for_fla()
+
+MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
+WINDOW, SINKS = 20, 5
+SHAPES = [
+    Shape(2, 1, 64, 16, "GatedDeltaNet"),
+    Shape(3, 3, 80, 32, "DeltaNet", torch.bfloat16),
+    Shape(5, 1, 96, 64, "Mamba2", torch.float16),
+    Shape(6, 2, 128, 16, "Mamba2", torch.bfloat16, torch.bfloat16),
+    Shape(1, 1, 256, 16, "GatedDeltaNet", torch.bfloat16),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs() -> None:
+    print("torch seed", torch.seed())
+
+
+class Prefill:
+    """A batch in which some requests absorb stretches; others lie between them in batch and tables."""
+
+    def __init__(self, shape: Shape, lengths: list[int], fresh: list[bool]) -> None:
+        tokens = WINDOW + SINKS + max(lengths) + 40
+        self.case = PagedCase(shape, 2 * len(lengths), tokens, apart=2)
+        self.A_log = torch.randn(shape.heads)
+        self.stretches, self.tokens, self.states = [], [], []
+        row = 0
+        for i, (length, new) in enumerate(zip(lengths, fresh, strict=True)):
+            row += int(torch.randint(1, 5, ()))
+            first = WINDOW + SINKS + (0 if new else int(torch.randint(1, 39, ())))
+            request = 2 * i + 1
+            self.stretches.append(Stretch(request, row, first, length))
+            k, v = torch.randn(2, length, shape.kv_heads, shape.head_size).to(shape.dtype)
+            gates = random_gates(shape, length).to(shape.dtype)
+            for j in range(length):
+                self.case.put_token(request, first - WINDOW + j, k[j], v[j], gates[j])
+            state = torch.randn(shape.heads, shape.head_size, shape.head_size).to(shape.state_dtype).float()
+            if new:
+                state.zero_()
+            else:
+                self.case.put_state(request, state)
+            self.tokens.append((k, v, gates.float()))
+            self.states.append(state)
+            row += length
+        self.query = torch.randn(row + 3, 2, shape.heads, shape.head_size).to(shape.dtype)[:, 1]
+
+    def plan(self) -> PrefillPlan:
+        size = self.case.shape.block_size
+        return plan_prefill(self.stretches, self.case.window_table, window=WINDOW, sinks=SINKS, block_size=size)
+
+    @property
+    def pages(self) -> tuple[torch.Tensor, ...]:
+        return self.case.window.keys, self.case.window.values, self.case.window.gates
+
+
+def test_plan_prefill() -> None:
+    """By hand: windows of 4 after 2 sinks in blocks of 16."""
+    table = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]], dtype=torch.int32)
+    # Request 1 enters the memory with its first token at position 6; request 0 is at position 18 and absorbs 66 tokens.
+    stretches = [Stretch(1, 5, 6, 3), Stretch(0, 8, 12, 66)]
+    plan = plan_prefill(stretches, table, window=4, sinks=2, block_size=16)
+    assert plan.lengths == (3, 66)
+    assert plan.rows.tolist() == [*range(5, 8), *range(8, 74)]
+    assert plan.positions.tolist() == [6, 7, 8, *range(12, 78)]
+    slots = [6 * 16 + 2, 6 * 16 + 3, 6 * 16 + 4] + [table[0, e // 16].item() * 16 + e % 16 for e in range(8, 74)]
+    assert plan.slots.tolist() == slots
+    assert plan.requests.tolist() == [1, 0]
+    assert plan.fresh.tolist() == [1, 0]
+    assert plan.cu_seqlens.tolist() == [0, 3, 69]
+    assert plan.chunk_indices.tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gathers_equal_indexing(shape: Shape) -> None:
+    prefill = Prefill(shape, [1, 33, 7], [True, False, False])
+    plan = prefill.plan()
+    A_log = prefill.A_log
+    got = gather_stretches(prefill.query, *prefill.pages, plan, memory=shape.memory, A_log=A_log)
+    wanted: list[list[torch.Tensor]] = [[] for _ in got]
+    for stretch, (k, v, gates) in zip(prefill.stretches, prefill.tokens, strict=True):
+        rows = slice(stretch.first_row, stretch.first_row + stretch.length)
+        g, b = decay_and_rate(shape, gates, A_log)
+        v = v.repeat_interleave(shape.group, 1).float() * (b.unsqueeze(-1) if shape.memory == "Mamba2" else 1)
+        k = l2_normalize(k).repeat_interleave(shape.group, 1)
+        parts = (l2_normalize(prefill.query[rows]), k, v, g, b)
+        for together, part in zip(wanted, parts, strict=True):
+            together.append(part)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[shape.dtype]
+    for name, x, parts in zip("qkvgb", got, wanted, strict=True):
+        exact = name in "gb"
+        assert x.dtype == (torch.float32 if exact else shape.dtype)
+        torch.testing.assert_close(
+            x.float(), torch.cat(parts), rtol=1e-6 if exact else tolerance, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+    states = gather_states(prefill.case.state.columns, prefill.case.state_table, shape.heads, plan)
+    assert torch.equal(states, torch.stack(prefill.states).mT)
+    before = prefill.case.cache.clone()
+    new = torch.randn_like(states)
+    scatter_states(new, prefill.case.state.columns, prefill.case.state_table, plan)
+    touched = torch.zeros(len(before), dtype=torch.bool)
+    for stretch, state in zip(prefill.stretches, new, strict=True):
+        assert torch.equal(prefill.case.get_state(stretch.request), state.mT.to(shape.state_dtype).float())
+        touched[prefill.case.state_table[stretch.request, : shape.state_layout.num_pages].long()] = True
+    assert torch.equal(prefill.case.cache[~touched].view(torch.uint8), before[~touched].view(torch.uint8))
+
+
+def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float) -> None:
+    prefill = Prefill(shape, lengths, fresh)
+    plan = prefill.plan()
+    case = prefill.case
+    o = prefill_memory(
+        prefill.query,
+        *prefill.pages,
+        case.state.columns,
+        case.state_table,
+        plan,
+        memory=shape.memory,
+        scale=shape.scale,
+        A_log=prefill.A_log,
+    )
+    assert o.is_contiguous() and o.dtype == shape.dtype
+    parts = zip(prefill.stretches, o.split(lengths), prefill.tokens, prefill.states, strict=True)
+    for stretch, got, (k, v, gates), state in parts:
+        rows = slice(stretch.first_row, stretch.first_row + stretch.length)
+        g, b = decay_and_rate(shape, gates, prefill.A_log)
+        wanted, final = naive_recurrence(
+            l2_normalize(prefill.query[rows])[None].double(),
+            l2_normalize(k)[None].double(),
+            v[None].double(),
+            g[None],
+            b[None],
+            shape.scale,
+            shape.memory != "Mamba2",
+            state[None],
+        )
+        for name, x, y in (("o", got, wanted[0]), ("state", case.get_state(stretch.request), final[0])):
+            # Relative to the largest, as roundings of the state in half precision are.
+            error = (x.double() - y).abs().max() / y.abs().max()
+            assert error < tolerance, f"{name} of {stretch}: {error}"
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_prefill_memory_equals_naive(memory: str) -> None:
+    check(Shape(4, 2, 64, 16, memory), [1, 130, 64], [True, False, True], 1e-4)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_prefill_memory_in_bfloat16(memory: str) -> None:
+    check(Shape(3, 1, 80, 32, memory, torch.bfloat16), [70], [False], 3e-2)
+
+
+def test_prefill_memory_with_a_bfloat16_state() -> None:
+    check(Shape(2, 2, 64, 16, "GatedDeltaNet", torch.bfloat16, torch.bfloat16), [9, 20], [False, True], 3e-2)
+
+
+@pytest.mark.parametrize("head_size", [96, 128, 256])
+def test_prefill_memory_of_other_head_sizes(head_size: int) -> None:
+    for memory in ("GatedDeltaNet", "Mamba2"):
+        check(Shape(2, 1, head_size, 16, memory), [67], [False], 1e-4)

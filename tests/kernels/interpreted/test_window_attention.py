@@ -1,0 +1,244 @@
+"""vLLM's paged attention over compacted block tables, against a masked softmax over whole sequences.
+
+Triton's kernel runs in the interpreter, FlashAttention is emulated; see ``flash_emulation.py``.
+"""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from support import flash_emulation
+from vllm_ahn.attention.gpu import metadata as gpu_metadata
+from vllm_ahn.attention.gpu.flash_attention import FlashAttention
+from vllm_ahn.attention.gpu.plan import AHNGpuMetadata, AHNGpuMetadataPlanner
+from vllm_ahn.attention.gpu.rows import PagedAttention, cut_into_rows
+from vllm_ahn.attention.gpu.triton_attention import TritonAttention
+from vllm_ahn.cache.page import WindowPageLayout, WindowPages
+from vllm_ahn.cache.specs import AHNWindowSpec, window_spec
+
+TOLERANCE = 2e-6
+HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 24
+SCALE = 0.3
+
+
+@dataclasses.dataclass
+class Batch:
+    """Sequences in pages, the last tokens of which are new; everything that is none of theirs is NaN."""
+
+    spec: AHNWindowSpec
+    pages: WindowPages
+    common: CommonAttentionMetadata
+    query: torch.Tensor
+    expected: torch.Tensor
+
+
+def make_batch(
+    window: int,
+    sinks: int,
+    block_size: int,
+    requests: list[tuple[int, int]],
+    num_padding: int = 0,
+    mean_score: float = 0.0,
+) -> Batch:
+    """``requests`` are (tokens before, new tokens); rows that pad the batch follow."""
+    layout = WindowPageLayout(KV_HEADS, HEAD_SIZE, 2 * HEADS // KV_HEADS, block_size, torch.float32)
+    spec = window_spec(layout, window=window, sinks=sinks, max_in_flight_tokens=1024)
+    width = max(-(-sum(request) // block_size) for request in requests) + 3
+    num_blocks = 1 + len(requests) * width
+    shape = (num_blocks, KV_HEADS, block_size, layout.content_elements)
+    pages = WindowPages(torch.full(shape, float("nan")), layout)
+    # What a table holds behind a row's end, and between sinks and window, is some other request's block.
+    table = torch.randint(1, num_blocks, (len(requests) + num_padding, width), dtype=torch.int32)
+    free = torch.randperm(num_blocks - 1).add(1).tolist()
+    queries, expected = [], []
+    for row, (before, new) in enumerate(requests):
+        total = before + new
+        k, v = torch.randn(2, total, KV_HEADS, HEAD_SIZE).unbind()
+        q = torch.randn(new, HEADS, HEAD_SIZE)
+        k[..., 0], q[..., 0] = 1.0, mean_score / SCALE
+        for block in range(-(-total // block_size)):
+            start, stop = block * block_size, min((block + 1) * block_size, total)
+            if start >= sinks and stop <= before - window:
+                continue
+            table[row, block] = free.pop()
+            pages.keys[table[row, block], :, : stop - start] = k[start:stop].transpose(0, 1)
+            pages.values[table[row, block], :, : stop - start] = v[start:stop].transpose(0, 1)
+        t, j = torch.arange(before, total)[:, None], torch.arange(total)[None, :]
+        visible = (j <= t) & ((t - j < window) | (j < sinks))
+        k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        scores = torch.einsum("thd,jhd->htj", q.double(), k) * SCALE
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        queries.append(q)
+        expected.append(torch.einsum("htj,jhd->thd", weights, v).float())
+    new_tokens = [new for _, new in requests]
+    starts = torch.tensor([0, *new_tokens, *[0] * num_padding], dtype=torch.int32).cumsum(0).int()
+    seq_lens = torch.tensor([sum(request) for request in requests] + [0] * num_padding, dtype=torch.int32)
+    num_tokens = sum(new_tokens) + num_padding
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=seq_lens.clone(),
+        num_reqs=len(seq_lens),
+        num_actual_tokens=num_tokens,
+        max_query_len=max(new_tokens),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=table,
+        slot_mapping=torch.full((num_tokens,), -1),
+    )
+    query = torch.cat((*queries, torch.full((num_padding, HEADS, HEAD_SIZE), float("nan"))))
+    return Batch(spec, pages, common, query, torch.cat(expected))
+
+
+def attention(spec: AHNWindowSpec, kernel: str) -> PagedAttention:
+    device = torch.device("cpu")
+    if kernel == "triton":
+        return TritonAttention(spec, num_heads=HEADS, device=device)
+    version = int(kernel[-1])
+    flash_emulation.install(version)
+    return FlashAttention(spec, num_heads=HEADS, version=version, device=device, graph_rows=6, graph_splits=4)
+
+
+def planner(batch: Batch, kernel: str = "triton") -> AHNGpuMetadataPlanner:
+    return AHNGpuMetadataPlanner(
+        batch.spec, attention(batch.spec, kernel), max_requests=16, max_tokens=256, device=torch.device("cpu")
+    )
+
+
+def attend(batch: Batch, metadata: AHNGpuMetadata) -> torch.Tensor:
+    output = torch.full_like(batch.query, float("nan"))
+    rows = metadata.windowed or metadata.causal
+    metadata.attention.attend(batch.pages, batch.query, output, rows, SCALE)
+    return output[: len(batch.expected)]
+
+
+def requests_at(window: int, sinks: int, decode: bool) -> list[tuple[int, int]]:
+    """Requests within ``W + S``, about to leave it and past it, in any order."""
+    capacity = window + sinks
+    requests = [(capacity - 1, 1), (capacity, 1), (200, 1), (3, 1)]
+    if not decode:
+        requests += [(0, 7), (capacity - 5, 50), (160, 33), (0, capacity + 3)]
+    random.shuffle(requests)
+    return requests
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("window, sinks, block_size", [(24, 8, 16), (33, 17, 32), (1, 48, 16), (10, 0, 16)])
+def test_attends_to_sinks_and_window_by_a_mask(
+    window: int, sinks: int, block_size: int, decode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_metadata, "QUERIES_PER_ROW", 20)
+    batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
+    metadata = planner(batch).plan(batch.common)
+    assert not batch.spec.rearrangeable
+    assert metadata.windowed is not None and metadata.windowed.sinks is not None
+    longest = int(metadata.windowed.lens.max())
+    assert longest <= window + sinks + (1 if decode else 20) + 3 * block_size
+    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "flash2", "flash3"])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+    "window, sinks, block_size", [(40, 0, 16), (33, 16, 16), (32, 64, 32), (64, 16, 16), (67, 64, 64)]
+)
+def test_attends_to_sinks_and_window_by_a_sliding_window(
+    window: int, sinks: int, block_size: int, decode: bool, kernel: str
+) -> None:
+    batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
+    metadata = planner(batch, kernel).plan(batch.common)
+    assert batch.spec.rearrangeable
+    assert metadata.windowed is not None and metadata.windowed.sinks is None
+    # A chunk of 50 is longer than some of these windows: then its rows are cut.
+    longest = int(metadata.windowed.lens.max())
+    assert longest <= window + sinks + (1 if decode else window) + block_size
+    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("window, sinks, block_size", [(33, 17, 32), (40, 0, 16), (33, 32, 32), (67, 16, 16)])
+@pytest.mark.parametrize("requests", [[(150, 1), (70, 1)], [(150, 1), (130, 60)]], ids=["decode", "mixed"])
+def test_scores_far_below_zero(window: int, sinks: int, block_size: int, requests: list[tuple[int, int]]) -> None:
+    """Keys that are masked must not count as keys with a score of 0, beside which all others vanish."""
+    batch = make_batch(window, sinks, block_size, requests, mean_score=-300.0)
+    actual = attend(batch, planner(batch).plan(batch.common))
+    torch.testing.assert_close(actual, batch.expected, rtol=0, atol=1e-4)
+
+
+def test_decodes_are_split_wherever_a_sliding_window_serves() -> None:
+    for block_size in (16, 32, 64):
+        spec = make_batch(64, 64, block_size, [(3, 1)]).spec
+        assert spec.rearrangeable
+        assert TritonAttention(spec, num_heads=HEADS, device=torch.device("cpu")).max_split_rows > 0
+
+
+@pytest.mark.parametrize("kernel", ["triton", "flash3"])
+def test_inside_the_capacity_attention_is_plain(kernel: str) -> None:
+    batch = make_batch(40, 16, 16, [(0, 48), (20, 3), (47, 1)])
+    metadata = planner(batch, kernel).plan(batch.common)
+    assert metadata.windowed is None and metadata.decode_rows is None and metadata.prefill is None
+    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("sinks, kernel", [(8, "triton"), (16, "triton"), (16, "flash2"), (16, "flash3")])
+def test_a_replayed_graph_finds_another_batch_in_its_buffers(sinks: int, kernel: str) -> None:
+    """What is planned at capture is used, with vLLM's and the planner's buffers filled for another batch since."""
+    captured = make_batch(24, sinks, 16, [(0, 1)] * 5)
+    plan = planner(captured, kernel)
+    metadata = plan.plan(captured.common, for_capture=True)
+    assert metadata.decode_rows is not None
+    # A step with a chunk in between leaves the buffers alone or is forgotten.
+    chunk = make_batch(24, sinks, 16, [(200, 1), (100, 30)])
+    plan.plan(chunk.common)
+    batch = make_batch(24, sinks, 16, [(200, 1), (10, 1), (24 + sinks, 1)], num_padding=2)
+    for name in ("query_start_loc", "seq_lens"):
+        getattr(captured.common, name).copy_(getattr(batch.common, name))
+        setattr(batch.common, name, getattr(captured.common, name))
+    plan.plan(batch.common)
+    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+    assert metadata.decode_rows.tolist() == [0, -1, 2, -1, -1]
+
+
+def test_what_flash_attention_is_asked() -> None:
+    """Version 3 is given its schedule once a step; only what graphs may replay is bounded in its splits."""
+    batch = make_batch(64, 16, 16, [(200, 1)] * 6)
+    metadata = planner(batch, "flash3").plan(batch.common)
+    assert metadata.windowed is not None
+    schedule = metadata.windowed.schedule
+    flash = metadata.attention
+    assert isinstance(flash, FlashAttention) and flash.kept is not None and schedule is not None
+    assert schedule.data_ptr() == flash.kept.data_ptr() and flash._max_splits(metadata.windowed) == 4
+    flash_emulation.calls.clear()
+    attend(batch, metadata)
+    asked = {"version": 3, "batch": 6, "max_seqlen_q": 1, "window": 79, "scheduled": True}
+    assert flash_emulation.calls == [asked]
+
+    for requests in ([(200, 1)] * 7, [(200, 1), (100, 30)]):  # more than graphs are for; not decodes alone
+        batch = make_batch(64, 16, 16, requests)
+        windowed = planner(batch, "flash3").plan(batch.common).windowed
+        assert windowed is not None and windowed.schedule is not None
+        assert windowed.schedule.data_ptr() != flash.kept.data_ptr() and flash._max_splits(windowed) == 0
+    windowed = planner(batch, "flash2").plan(batch.common).windowed
+    assert windowed is not None and windowed.schedule is None
+
+
+@pytest.mark.parametrize("queries_per_row, block_size", [(1, 1), (7, 1), (64, 1), (16, 16), (48, 16)])
+def test_rows_cover_all_queries_once(queries_per_row: int, block_size: int) -> None:
+    generator = random.Random(queries_per_row)
+    lens = [generator.choice((0, 1, 1, 6, 7, 8, 70)) for _ in range(40)]
+    seq_lens = torch.tensor([length + generator.randrange(50) for length in lens]).numpy()
+    starts = torch.tensor([0, *lens]).cumsum(0).numpy()
+    requests, row_starts, row_lens = cut_into_rows(starts, seq_lens, queries_per_row, block_size)
+    queries = []
+    for row, request in enumerate(requests):
+        num_queries = row_starts[row + 1] - row_starts[row]
+        assert num_queries > 0
+        first = row_lens[row] - num_queries
+        assert row_lens[row] - first // block_size * block_size <= queries_per_row
+        queries += [(request, first + i) for i in range(num_queries)]
+    positions = [
+        (request, seq_lens[request] - length + i) for request, length in enumerate(lens) for i in range(length)
+    ]
+    assert queries == positions

@@ -1,0 +1,1 @@
+"""What tests share: cases, engines, servers, emulators. Tests import it as ``support``."""

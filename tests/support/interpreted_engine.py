@@ -1,0 +1,158 @@
+"""One engine on the GPU path without a GPU: the V2 model runner and all Triton kernels, interpreted on the CPU.
+
+vLLM's CPU platform takes its V2 model runner as soon as it finds a Triton backend named "cpu" in the process, which
+``interpreter.install()`` puts there; ``VLLM_AHN_TRITON=1`` then chooses the Triton core of AHN layers. All of it has to
+be in place before vLLM is imported, so every engine has a process of its own: :func:`run` starts one. With several
+workers vLLM starts their processes, which import this file again as their main module.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ in ("__main__", "__mp_main__"):
+    from support import interpreter
+
+    interpreter.install_for_fla()
+
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_AHN_TRITON": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to call `prepare` in workers
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+TWO_PROCESSES = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    # For tensor parallelism vLLM compiles a function of its embedding, with a compiler that takes the interpreter's
+    # driver for a GPU's.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+def run(
+    base: Path,
+    ahn: dict[str, Any] | None,
+    prompts: list[list[int]],
+    max_tokens: int,
+    *,
+    environment: dict[str, str] | None = None,
+    constants: dict[str, int] | None = None,
+    warm_up: bool = False,
+    logits: Path | None = None,
+    flash_version: int | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Greedy continuations from an interpreted engine in a process of its own.
+
+    Args:
+        base: the base model's folder.
+        ahn: what a user gives as ``additional_config["ahn"]``.
+        prompts: token prompts, all submitted at once.
+        max_tokens: tokens to generate for each.
+        environment: variables to set beside, or instead of, :data:`ENVIRONMENT`.
+        constants: values for constants of modules in ``vllm_ahn.attention.gpu``, by "module.NAME". Smaller ones let a
+            small batch come to what only large ones do otherwise, and the interpreter finish sooner. For an engine in
+            one process.
+        warm_up: run the kernels' warm-up first, which the interpreter has no need of.
+        logits: a file that gets the raw logits, ``[max_tokens, vocab]`` for each prompt.
+        flash_version: attend by an emulated FlashAttention of this version, which knows float32 too.
+        arguments: the engine's.
+
+    Returns:
+        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``; for each worker in ``workers`` what ran in it:
+        ``runner``, ``core``, ``layers``, ``state_dtypes``; ``flash_calls``, see ``flash_emulation.calls``.
+    """
+    job = {
+        "base": str(base),
+        "ahn": ahn,
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "constants": constants or {},
+        "warm_up": warm_up,
+        "logits": None if logits is None else str(logits),
+        "flash_version": flash_version,
+        "arguments": arguments if logits is None else {"logprobs_mode": "raw_logits", **arguments},
+    }
+    process = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | ENVIRONMENT | (environment or {}),
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
+
+
+def prepare(worker: Any, warm_up: bool) -> dict[str, Any]:
+    """Run in each worker before any request: poison its pages, say what it is."""
+    from vllm_ahn.attention import core
+    from vllm_ahn.attention.gpu import warm_up as gpu_warm_up
+    from vllm_ahn.attention.layer import AHNAttention, AHNState
+
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    for layer in layers.values():
+        if layer.kv_cache.is_floating_point():
+            layer.kv_cache.fill_(float("nan"))
+    ours = [layer for layer in layers.values() if isinstance(layer, AHNAttention)]
+    if warm_up:
+        gpu_warm_up.warm_up(ours[0])
+    runner = type(worker.model_runner)
+    states = [layer for layer in layers.values() if isinstance(layer, AHNState)]
+    return {
+        "runner": f"{runner.__module__}.{runner.__qualname__}",
+        "core": core.core().__name__ if ours else None,
+        "layers": [layer.layer_name for layer in ours],
+        "state_dtypes": sorted({str(layer.pages.columns.dtype) for layer in states if layer.pages is not None}),
+    }
+
+
+def main() -> None:
+    """Do the job on standard input; the last line of standard output is the result."""
+    import torch
+    import vllm
+
+    from support import flash_emulation
+    from support.engines import engine, greedy, metric
+    from vllm_ahn.plugin import attention_backends, wanted
+
+    job = json.load(sys.stdin)
+    for name, value in job["constants"].items():
+        module, constant = name.split(".")
+        owner = importlib.import_module(f"vllm_ahn.attention.gpu.{module}")
+        assert hasattr(owner, constant)
+        setattr(owner, constant, value)
+    if job["flash_version"]:
+        flash_emulation.install(job["flash_version"])
+        wanted._has_flash_attention = lambda: True
+        attention_backends.FLASH_DTYPES += ("float32",)
+        job["arguments"]["attention_backend"] = "FLASH_ATTN"
+    with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
+        workers = llm.collective_rpc(prepare, args=(job["warm_up"],))
+        results = greedy(llm, job["prompts"], job["max_tokens"], logprobs=-1 if job["logits"] else None)
+        result = {
+            "tokens": [tokens for tokens, _ in results],
+            "preemptions": metric(llm, "vllm:num_preemptions"),
+            "vllm": vllm.__version__,
+            "workers": workers,
+            "flash_calls": flash_emulation.calls,
+        }
+    if job["logits"]:
+        torch.save([logits for _, logits in results], job["logits"])
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

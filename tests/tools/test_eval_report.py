@@ -1,0 +1,167 @@
+"""The report's content where figures can be compared with the paper's, and the progress line."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+
+from vllm_ahn.tools.evaluate import markdown
+from vllm_ahn.tools.evaluate.base import Base
+from vllm_ahn.tools.evaluate.methods import Method
+from vllm_ahn.tools.evaluate.plan import Row, Setting
+from vllm_ahn.tools.evaluate.progress import Progress, duration
+from vllm_ahn.tools.evaluate.report import build_report, failed, short_names
+from vllm_ahn.tools.evaluate.runner import Outcome
+from vllm_ahn.tools.evaluate.suites import SUITES
+
+QWEN_7B = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+}
+BASE = Base("Qwen/Qwen2.5-7B-Instruct", "abc", QWEN_7B, "abc")
+METHODS = [
+    Method("full", "full attention", paper="full"),
+    Method("yarn", "full attention, YaRN"),
+    Method("window", "sinks + window", ahn="none", paper="window"),
+    Method("CKPT", "AHN-GDN (CKPT)", ahn="CKPT", paper="GDN"),
+]
+
+
+class AnyJob:
+    """Stands for a job whose row was run."""
+
+    suite, label, engine = "suite", "method", {"model": "m", "dtype": "auto"}
+
+
+def outcome(suite: str, method: Method, score: float | None, **change: Any) -> Outcome:
+    """A row that has `score`, 0 to 1, in every task; None: it has failed."""
+    chosen = SUITES[suite]
+    setting = Setting(
+        chosen, **({"max_model_len": chosen.max_model_len, "window": chosen.window, "sinks": 128} | change)
+    )
+    row = Row(setting, method, AnyJob())  # type: ignore[arg-type]
+    if score is None:
+        return Outcome(row, error="OutOfMemoryError: too long")
+    scores = {task: {"score": score, "stderr": None, "samples": 3, "all": 3} for task in chosen.tasks}
+    facts = {"finished": "then", "seconds": 1.0, "asked": 3, "kept": 0, "device": "d", "versions": {}}
+    return Outcome(row, {"scores": scores, **facts})
+
+
+def render(outcomes: list[Outcome], base: Base = BASE) -> tuple[dict[str, Any], str]:
+    report = build_report(outcomes, base, "vllm-ahn eval ...")
+    return json.loads(json.dumps(report)), markdown.render(report, {})
+
+
+def test_beside_the_papers_rows() -> None:
+    scores = [None, 0.06, 0.05, 0.07]
+    report, text = render([outcome("lveval-128k", *row) for row in zip(METHODS, scores, strict=True)])
+    full, yarn, window, gdn = report["suites"][0]["rows"]
+    assert failed(report) and full["status"] == "failed" and full["paper"]["average"] == 3.62 and "scores" not in full
+    assert yarn["paper"] is None and "difference" not in yarn
+    assert window["difference"] == {"average": pytest.approx(5.0 - 5.34)}
+    assert gdn["difference"] == {"average": pytest.approx(7.0 - 6.54)}
+    lines = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in text.splitlines() if "|" in line}
+    cells = {key: [cell.strip() for cell in line.split("|")[3:-1]] for key, line in lines.items()}
+    assert cells["full attention", "failed"] == ["–"] * 12
+    assert cells["full attention, YaRN ×8", "measured"] == ["6.00"] * 12
+    assert cells["AHN-GDN (CKPT)", "measured"] == ["7.00"] * 12
+    papers = [line for line in text.splitlines() if "*paper, Qwen2.5-7B-Instruct*" in line]
+    assert [line.split("|")[-2].strip() for line in papers] == ["*3.62*", "*5.34*", "*6.54*"]
+    assert all(line.count("–") == 11 for line in papers)
+    differences = [line.split("|")[-2].strip() for line in text.splitlines() if "| difference" in line]
+    assert differences == ["-0.34", "+0.46"]
+    assert "full attention: failed: OutOfMemoryError: too long\n" in text and "Not the paper's setting" not in text
+
+
+def test_a_figure_of_one_task() -> None:
+    """RULER: the paper has one task and no average."""
+    report, text = render([outcome("ruler-128k", METHODS[3], 0.25)])
+    (row,) = report["suites"][0]["rows"]
+    assert row["paper"]["average"] is None and row["paper"]["scores"] == {"niah_single_1": 26.8}
+    assert row["difference"] == {"niah_single_1": pytest.approx(25 - 26.8)}
+    assert "| single_1 | single_2 |" in text
+    paper = next(line for line in text.splitlines() if "*26.80*" in line)
+    assert paper.count("–") == 8 and not failed(report)
+
+
+@pytest.mark.parametrize("change", [{"limit": 3}, {"window": 1000}, {"sinks": 64}, {"max_model_len": 65536}])
+def test_no_difference_for_what_cannot_be_compared(change: dict[str, int]) -> None:
+    report, text = render([outcome("lveval-128k", METHODS[2], 0.05, **change)])
+    (row,) = report["suites"][0]["rows"]
+    assert row["paper"]["average"] == 5.34 and "difference" not in row and "| difference" not in text
+    assert "**Not the paper's setting: " in text and "cannot be compared with the paper's" in text
+
+
+def test_a_base_that_the_paper_does_not_have() -> None:
+    other = Base("other", None, {**QWEN_7B, "num_hidden_layers": 29}, "abc")
+    report, text = render([outcome("lveval-128k", METHODS[2], 0.05)], other)
+    assert report["suites"][0]["rows"][0]["paper"] is None and "The paper has no rows for this base." in text
+    assert "*paper, " not in text
+
+
+def test_yarn_and_unscaled_positions() -> None:
+    assert BASE.yarn_factor(32768) is None and BASE.yarn(32768) == {} and BASE.unscaled(32768) == {}
+    assert BASE.yarn(131072) == {
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        },
+    }
+    assert BASE.yarn_factor(131073) == 5 and BASE.unscaled(131073) == {"max_position_embeddings": 131073}
+    scaled = Base("scaled", None, {**QWEN_7B, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "")
+    for change in (scaled.yarn, scaled.unscaled):
+        with pytest.raises(ValueError, match=r"scales its positions itself .rope type 'yarn'. up to 32768 tokens"):
+            change(32769)
+
+
+def test_short_names() -> None:
+    assert short_names(["ahn_lveval_a_b_128k", "ahn_lveval_c_128k"]) == ["a_b", "c"]
+    assert short_names(["niah_single_1", "niah_single_2"]) == ["1", "2"] and short_names(["one_task"]) == ["one_task"]
+    assert short_names(["a_b", "a_b_c"]) == ["b", "b_c"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which suite, method, task, how many of how many, and when it will be done."""
+    from vllm_ahn.tools.evaluate import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Terminal() if terminal else io.StringIO()
+    shown = Progress(2, out)
+    shown.job("longbench", "AHN")
+    shown.phase("starting")
+    shown.total({"a": 3, "b": 1})
+    shown.answer("a", kept=True)
+    now[0] = 40.0
+    shown.answer("a", kept=False)
+    shown.answer("a", kept=False)
+    now[0] = 60.0
+    shown.answer("b", kept=False)
+    shown.end("done")
+    shown.close()
+    text = out.getvalue()
+    assert "[1/2] longbench, AHN: starting" in text and text.endswith("[1/2] longbench, AHN: done\n")
+    # What was kept does not count: two answers in 40 s, one to come.
+    assert "[1/2] longbench, AHN: a, 2 of 3 (2 of 4 in all), about 80 s left" in text
+    assert ("a, 3 of 3 (3 of 4 in all), about 20 s left" in text) == terminal
+    assert "[1/2] longbench, AHN: b, 1 of 1 (4 of 4 in all)" in text
+    assert text.count("\n") == (1 if terminal else 5)
+    assert [duration(s) for s in (3.2, 89, 90, 5340, 5400)] == ["3 s", "89 s", "2 min", "89 min", "1 h 30 min"]

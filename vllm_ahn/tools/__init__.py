@@ -1,0 +1,1 @@
+"""The ``vllm-ahn`` command and what stands behind its sub-commands."""
