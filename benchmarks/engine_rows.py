@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vllm_ahn.config import MEMORIES, NO_MEMORY
+from vllm_ahn.config import NO_MEMORY
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.tiny import make_tiny
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -143,7 +144,7 @@ def write_models(setting: Comparison, folder: Path, *, weights: bool = False) ->
     """
     folders: dict[str, Path] = {}
     wanted = [ROWS[row].memory for row in setting.rows]
-    for memory in [memory for memory in MEMORIES if memory in wanted] or MEMORIES[:1]:  # the base comes with any
+    for memory in [memory for memory in MEMORIES if memory in wanted] or list(MEMORIES)[:1]:  # the base comes with any
         paths = make_tiny(
             folder / memory,
             memory=memory,

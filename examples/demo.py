@@ -122,12 +122,12 @@ def report(held: list[int], cache: dict[str, str], base: Path, length: int) -> N
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from vllm_ahn.cache.page import WindowPageLayout
-    from vllm_ahn.memory import MEMORY_CLASSES
+    from vllm_ahn.memory.spec import MEMORIES
 
     config = json.loads((base / "config.json").read_text())
     layers, kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
     head_size = config["hidden_size"] // config["num_attention_heads"]
-    gates = MEMORY_CLASSES["GatedDeltaNet"].num_gates * config["num_attention_heads"] // kv_heads
+    gates = MEMORIES["GatedDeltaNet"].num_gates * config["num_attention_heads"] // kv_heads
     block, blocks = int(cache["block_size"]), int(cache["num_gpu_blocks"])
     ahn_bytes = layers * WindowPageLayout(kv_heads, head_size, gates, block, torch.float32).page_bytes
     full_bytes = (

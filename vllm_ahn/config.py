@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import MEMORIES
 
 DEFAULT_WINDOW = 32640
 """W, tokens: the window of the paper's evaluation, 32,768 lossless tokens less the sinks."""
@@ -17,9 +18,6 @@ DEFAULT_SINKS = 128
 
 MAX_LENGTH = 2**30
 """The largest window and the largest number of sinks, tokens: positions are 32-bit in the kernels."""
-
-MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
-"""The values that ``_ahn_implementation`` may have in a checkpoint's ``config.json``."""
 
 NO_MEMORY = "none"
 """In place of a checkpoint, asks for sinks and window alone: the baseline that shows what a memory adds."""
@@ -63,7 +61,7 @@ class AHNConfig:
     """In which dtype the memory's state is kept between steps: one of `STATE_DTYPES`. Arithmetic is float32."""
 
     def __post_init__(self) -> None:
-        if self.memory is not None and self.memory not in MEMORIES:
+        if self.memory is not None and self.memory not in tuple(MEMORIES):
             raise AHNError(f"ahn: memory is {self.memory!r}, expected one of {', '.join(MEMORIES)}, or None")
         check_window(self.window)
         check_sinks(self.sinks)
@@ -79,8 +77,9 @@ class AHNConfig:
         for name in ("use_q_proj", "use_router"):
             if not isinstance(getattr(self, name), bool):
                 raise AHNError(f"ahn: {name} is {getattr(self, name)!r}, expected true or false")
-        if self.use_q_proj and self.memory != "GatedDeltaNet":
-            raise AHNError(f"ahn: use_q_proj is for GatedDeltaNet only, but memory is {self.memory}")
+        if self.use_q_proj and not (self.memory and MEMORIES[self.memory].own_query):
+            known = ", ".join(spec.name for spec in MEMORIES.values() if spec.own_query)
+            raise AHNError(f"ahn: use_q_proj is for {known} only, but memory is {self.memory}")
         if self.state_dtype not in STATE_DTYPES:
             raise AHNError(f"ahn: state_dtype is {self.state_dtype!r}, expected one of {', '.join(STATE_DTYPES)}")
         layers = self.full_attention_layers

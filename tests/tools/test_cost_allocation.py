@@ -15,8 +15,9 @@ from support.cost_case import QWEN2_5, shape, write, write_ahn
 from support.engines import cache_manager, engine, worker_layers
 from support.golden_data import CONFIGURATIONS
 from vllm_ahn.attention.layer import AHNAttention
-from vllm_ahn.config import MEMORIES, AHNConfig
+from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.cost.allocation import FP8, Allocation, EngineSettings, ahn_attention, full_attention
 from vllm_ahn.tools.cost.shape import find_model
 

@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 
 from support.cost_case import shape
-from vllm_ahn.config import MEMORIES, AHNConfig
-from vllm_ahn.memory import MEMORY_CLASSES
+from vllm_ahn.config import AHNConfig
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.cost import flops, paper
 from vllm_ahn.tools.cost.paper import PaperCost, full_attention, window_attention
 from vllm_ahn.tools.cost.shape import ModelShape
@@ -106,7 +106,7 @@ def test_no_other_number_of_projections_gives_the_14b_rows(monkeypatch: pytest.M
         return found
 
     for memory in MEMORIES:
-        assert matching(memory) == [MEMORY_CLASSES[memory].num_gates]
+        assert matching(memory) == [MEMORIES[memory].num_gates]
 
 
 def test_a_sequence_inside_the_window_costs_what_full_attention_costs() -> None:

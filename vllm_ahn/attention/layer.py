@@ -19,7 +19,8 @@ from vllm_ahn.cache.layer import LayerSizes, layer_specs, state_layout, window_l
 from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
-from vllm_ahn.memory import Memory, Router
+from vllm_ahn.memory.base import Memory
+from vllm_ahn.memory.router import Router
 
 Pages = TypeVar("Pages", WindowPages, StatePages)
 

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
 from vllm_ahn.config import AHNConfig
-from vllm_ahn.memory import MEMORY_CLASSES
+from vllm_ahn.memory.spec import MEMORIES
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def window_layout(config: AHNConfig, sizes: LayerSizes, block_size: int, dtype: 
     A layer without a memory of its own (``fa_layer_ids``) takes the same pages as the others, so that all share a
     group.
     """
-    num_gates = 0 if config.memory is None else MEMORY_CLASSES[config.memory].num_gates
+    num_gates = 0 if config.memory is None else MEMORIES[config.memory].num_gates
     return WindowPageLayout(
         num_kv_heads=sizes.num_kv_heads,
         head_size=sizes.head_size,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_ahn.checkpoint.tensors import AHNOptions, BaseShape
-from vllm_ahn.config import MEMORIES
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import MEMORIES
 
 LAYER_IMPLEMENTATIONS = {"Qwen2MemDecoderLayer": "qwen2", "Qwen3MemDecoderLayer": "qwen3"}
 """``_layer_implementation`` of a checkpoint -> ``model_type`` of the bases that have this layer."""
@@ -71,9 +71,12 @@ def read_options(config: Mapping[str, Any], shape: BaseShape, label: str) -> AHN
         if value is not None and not isinstance(value, bool):
             raise AHNError(f"{label}: {key} is {value!r}, expected true or false")
         flags[key] = bool(value)
-    if flags["use_q_proj"] and config.get("_ahn_implementation") != "GatedDeltaNet":
-        memory = config.get("_ahn_implementation")
-        raise AHNError(f"{label}: use_q_proj is true, expected false for {memory}: only GatedDeltaNet has it")
+    memory = MEMORIES.get(config.get("_ahn_implementation", ""))
+    if flags["use_q_proj"] and not (memory and memory.own_query):
+        known = ", ".join(known.name for known in MEMORIES.values() if known.own_query)
+        raise AHNError(
+            f"{label}: use_q_proj is true, expected false for {config.get('_ahn_implementation')}: only {known} has it"
+        )
     layers = _layer_numbers(config.get("fa_layer_ids"), shape.num_hidden_layers, label)
     return AHNOptions(flags["use_q_proj"], flags["use_ahn_router"], layers)
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from vllm_ahn.config import MEMORIES
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import MEMORIES
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
@@ -109,10 +109,12 @@ def unused_tensors(memory: str, shape: BaseShape, options: Options = PUBLISHED_O
     The module it was trained in makes this parameter and saves it, but no formula has it: nobody misses it
     either.
     """
-    if memory != "GatedDeltaNet":
-        return {}
     layers = (n for n in range(shape.num_hidden_layers) if n not in options.full_attention_layers)
-    return {f"model.layers.{layer}.ahn.fn.D": (shape.num_attention_heads,) for layer in layers}
+    return {
+        f"model.layers.{layer}.ahn.fn.{name}": (shape.num_attention_heads,)
+        for layer in layers
+        for name in MEMORIES[memory].unused
+    }
 
 
 def count_parameters(memory: str, shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> int:
@@ -136,40 +138,13 @@ def is_ahn_tensor(name: str) -> bool:
 
 
 def _layer(layer: int, memory: str, shape: BaseShape, options: Options) -> Shapes:
-    heads, hidden, head_dim = shape.num_attention_heads, shape.hidden_size, shape.head_dim
-    projection, per_head = (heads, hidden), (heads,)
-    fn: Shapes
-    match memory:
-        case "GatedDeltaNet":
-            fn = {
-                "A_log": per_head,
-                "dt_bias": per_head,
-                "a_proj.weight": projection,
-                "b_proj.weight": projection,
-                "g_proj.weight": projection,
-                "o_norm.weight": (head_dim,),
-            }
-        case "DeltaNet":
-            fn = {"b_proj.weight": projection, "g_proj.weight": projection, "o_norm.weight": (head_dim,)}
-        case "Mamba2":
-            fn = {
-                "A_log": per_head,
-                "dt_bias": per_head,
-                "dt_proj.weight": projection,
-                "dt_proj.bias": per_head,
-                "g_proj.weight": projection,
-                "g_proj.bias": per_head,
-                "norm.weight": (heads * head_dim,),
-            }
-        case _:
-            raise AHNError(f"ahn: memory is {memory!r}, expected one of {', '.join(MEMORIES)}")
-    fn["o_proj.weight"] = (heads, head_dim, head_dim)
-    if options.use_q_proj:
-        fn["q_proj.weight"] = (heads, head_dim, head_dim)
+    if memory not in MEMORIES:
+        raise AHNError(f"ahn: memory is {memory!r}, expected one of {', '.join(MEMORIES)}")
+    heads = shape.num_attention_heads
+    fn = MEMORIES[memory].tensors(heads, shape.head_dim, shape.hidden_size, options.use_q_proj)
     shapes = {f"model.layers.{layer}.ahn.fn.{name}": dims for name, dims in fn.items()}
     if options.use_router:
-        shapes[f"model.layers.{layer}.ahn_router.alpha"] = per_head
-        shapes[f"model.layers.{layer}.ahn_router.beta"] = per_head
+        shapes |= {f"model.layers.{layer}.ahn_router.{name}": (heads,) for name in ("alpha", "beta")}
     return shapes
 
 

@@ -1,12 +1,19 @@
-"""What the three memories share: their place in a layer, and the recurrence's two scalars."""
+"""The layer of a memory: projections, the recurrence's two scalars, norm and read-out."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from torch.nn import functional as F
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from vllm_ahn.memory.spec import MemorySpec
 
 NORM_EPS = 1e-5
 """Epsilon of the memory's own norm, whatever the base model's is."""
@@ -19,42 +26,38 @@ are not the base's ``o_proj`` and ``q_proj``."""
 class Memory(nn.Module, ABC):
     """A compressed memory: the module that checkpoints call ``model.layers.N.ahn.fn``.
 
-    All memories are one recurrence (arXiv 2510.07318, and :mod:`vllm_ahn.kernels.recurrence.naive`). They differ in how
-    a token's hidden state becomes the decay ``g`` and the rate ``b``, in whether the delta rule applies, and in the
-    read-out. Modules hold the heads of one tensor-parallel rank; shapes below count those.
+    `spec` says which of the memories it is; a subclass adds what no table can say, how gates come from the hidden
+    state. Modules hold the heads of one tensor-parallel rank; shapes below count those.
 
     Args:
         hidden_size: width of the hidden states.
         total_num_heads: query heads of the model, over all ranks.
         head_size: size of a head.
-        use_q_proj: the memory has a query projection of its own (GatedDeltaNet only).
+        use_q_proj: the memory has a query projection of its own.
     """
 
-    delta: ClassVar[bool]
-    """Whether the delta rule subtracts what the state already answers to a key."""
-    num_gates: ClassVar[int]
-    """Values per query head that a token keeps in its window page until it is absorbed."""
-    projections: ClassVar[tuple[str, ...]]
-    """Checkpoint names of the projections of the hidden state, gates first, the read-out gate ``g_proj`` last."""
-    projection_bias: ClassVar[bool] = False
-    shared_by_heads: ClassVar[frozenset[str]] = frozenset()
-    """Tensors that all heads share. The first axis of all others runs over heads, and every rank takes its part."""
+    spec: ClassVar[MemorySpec]
 
     def __init__(self, hidden_size: int, total_num_heads: int, head_size: int, *, use_q_proj: bool = False) -> None:
         super().__init__()
+        spec = self.spec
         self.tp_rank = get_tensor_model_parallel_rank()
         self.tp_size = get_tensor_model_parallel_world_size()
         self.total_num_heads = total_num_heads
         self.num_heads = total_num_heads // self.tp_size
         self.head_size = head_size
-        self.in_proj = HeadProjections(hidden_size, self.num_heads, len(self.projections), self.projection_bias)
+        self.scale = spec.scale(head_size)
+        self.in_proj = HeadProjections(hidden_size, self.num_heads, len(spec.projections), spec.projection_bias)
+        for name in spec.head_parameters:
+            self.register_parameter(name, float32_per_head(self.num_heads))
+        self.norm = Scale(self.num_heads * head_size if spec.norm_all_heads else head_size)
         self.out_proj = PerHeadLinear(self.num_heads, head_size)
         self.query_proj = PerHeadLinear(self.num_heads, head_size) if use_q_proj else None
 
     @property
-    def scale(self) -> float:
-        """Factor on what is read, ``o = scale * M^T q``."""
-        return self.head_size**-0.5
+    def decay_of_rate(self) -> torch.Tensor | None:
+        """``A_log [num_heads]`` float32, where the decay is made of the rate; else None."""
+        return self.A_log if self.spec.decay_from_rate else None
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer computes from the hidden states of new tokens.
@@ -66,15 +69,14 @@ class Memory(nn.Module, ABC):
             ``gates [num_tokens, num_heads, num_gates]`` float32, to be kept until the tokens leave the window, and the
             read-out gate ``z [num_tokens, num_heads]`` float32, used in this very step.
         """
-        projected = self.in_proj(hidden_states).float().unflatten(-1, (len(self.projections), self.num_heads))
-        *raw, z = projected.unbind(-2)
-        return self.gates(*raw), z
+        projected = self.in_proj(hidden_states).float().unflatten(-1, (len(self.spec.projections), self.num_heads))
+        *for_gates, z = projected.unbind(-2)
+        return self.gates(*for_gates), z
 
     @abstractmethod
-    def gates(self, *raw: torch.Tensor) -> torch.Tensor:
+    def gates(self, *projected: torch.Tensor) -> torch.Tensor:
         """Gates from their projections, ``[num_tokens, num_heads]`` float32 each; see :meth:`project`."""
 
-    @abstractmethod
     def decay_and_rate(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The recurrence's scalars from kept gates.
 
@@ -84,10 +86,13 @@ class Memory(nn.Module, ABC):
         Returns:
             ``g`` and ``b``, ``[..., num_heads]`` float32 each; ``g <= 0``.
         """
+        b = gates[..., -1]
+        if self.spec.keeps_decay:
+            return gates[..., 0], b
+        return (-self.A_log.exp() * b if self.spec.decay_from_rate else torch.zeros_like(b)), b
 
-    @abstractmethod
     def normalise(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Norm and gate of what was read.
+        """Norm and gate of what was read: ``rmsnorm(o) silu(z)``, or ``rmsnorm(o silu(z))`` over all heads at once.
 
         Args:
             o: ``[num_tokens, num_heads, head_size]`` float32, from the recurrence.
@@ -96,6 +101,17 @@ class Memory(nn.Module, ABC):
         Returns:
             ``y``, shaped like ``o``, float32.
         """
+        gate = F.silu(z).unsqueeze(-1)
+        weight = self.norm.weight.float()
+        if not self.spec.norm_all_heads:
+            return o * torch.rsqrt(o.square().mean(-1, keepdim=True) + NORM_EPS) * weight * gate
+        gated = (o * gate).flatten(-2)
+        # The norm runs over the heads of all ranks.
+        squares = gated.square().sum(-1, keepdim=True)
+        if self.tp_size > 1:
+            squares = tensor_model_parallel_all_reduce(squares)
+        rms = torch.rsqrt(squares / (self.total_num_heads * self.head_size) + NORM_EPS)
+        return (gated * rms * weight).unflatten(-1, (self.num_heads, self.head_size))
 
     def read_out(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """What the memory adds to the attention output, ``m[h] = y[h] @ o_proj.weight[h]``.
@@ -115,15 +131,18 @@ class Memory(nn.Module, ABC):
         Returns:
             Name of the parameter that received it, relative to this module, or None if nothing here needs it.
         """
-        if name not in self.shared_by_heads:
-            weight = weight.chunk(self.tp_size)[self.tp_rank]
+        spec = self.spec
+        if name in spec.unused:
+            return None
         module, _, kind = name.rpartition(".")
-        if module in self.projections:
-            self.in_proj.load_weight(kind, self.projections.index(module), weight)
+        if module != spec.norm or spec.norm_all_heads:  # all else runs over heads, of which every rank takes its part
+            weight = weight.chunk(self.tp_size)[self.tp_rank]
+        if module in spec.projections:
+            self.in_proj.load_weight(kind, spec.projections.index(module), weight)
             return f"in_proj.{kind}"
-        name = _PARAMETERS.get(name, name)
-        self.get_parameter(name).data.copy_(weight)
-        return name
+        parameter = f"norm.{kind}" if module == spec.norm else _PARAMETERS.get(name, name)
+        self.get_parameter(parameter).data.copy_(weight)
+        return parameter
 
 
 class HeadProjections(nn.Module):
@@ -182,8 +201,3 @@ class Scale(nn.Module):
 def float32_per_head(num_heads: int) -> nn.Parameter:
     """A parameter of one float32 a head, whatever dtype the model runs in: decays do not survive bfloat16."""
     return nn.Parameter(torch.empty(num_heads, dtype=torch.float32), requires_grad=False)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMS norm over the last axis in float32."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS) * weight.float()

@@ -26,7 +26,9 @@ from vllm.sequence import IntermediateTensors
 from vllm_ahn.attention.layer import AHNAttention
 from vllm_ahn.attention.op import QUALIFIED_NAME
 from vllm_ahn.config import AHNConfig
-from vllm_ahn.memory import MEMORY_CLASSES, Memory, Router
+from vllm_ahn.memory.base import Memory
+from vllm_ahn.memory.router import Router
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.plugin import patches
 
 
@@ -57,7 +59,7 @@ class AHNDecoderLayer(nn.Module):
         memory, router = None, None
         full_attention = extract_layer_index(prefix) in ahn_config.full_attention_layers
         if ahn_config.memory is not None and not full_attention:
-            memory = MEMORY_CLASSES[ahn_config.memory](
+            memory = MEMORIES[ahn_config.memory].layer_class()(
                 config.hidden_size,
                 attention.total_num_heads,
                 attention.head_dim,

@@ -14,7 +14,8 @@ from vllm_ahn.attention.cpu.batch import AHNMetadata, Chunk, ChunkKeys, DecodeBa
 from vllm_ahn.attention.cpu.isa import attention_isa
 from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, recurrent_step
-from vllm_ahn.memory import Memory, Router
+from vllm_ahn.memory.base import Memory
+from vllm_ahn.memory.router import Router
 
 if TYPE_CHECKING:
     from vllm_ahn.attention.layer import AHNAttention
@@ -194,7 +195,7 @@ def absorb_and_read_chunk(
     keys = window_pages.keys_transposed[blocks].permute(0, 3, 1, 2).flatten(0, 1)[tokens]
     values = window_pages.values[blocks].transpose(1, 2).flatten(0, 1)[tokens]
     gates = window_pages.gates[blocks].transpose(1, 2).flatten(0, 1)[tokens]
-    g, b = memory.decay_and_rate(gates.float().reshape(chunk.num_reads, memory.num_heads, memory.num_gates))
+    g, b = memory.decay_and_rate(gates.float().reshape(chunk.num_reads, memory.num_heads, memory.spec.num_gates))
     page_ids = state_table[chunk.request, : state_pages.layout.num_pages].long().unsqueeze(0)
     o, state = chunk_recurrence(
         l2_normalize(query[chunk.first_row : chunk.last_row]).unsqueeze(0),
@@ -203,7 +204,7 @@ def absorb_and_read_chunk(
         g.unsqueeze(0),
         b.unsqueeze(0),
         memory.scale,
-        memory.delta,
+        memory.spec.delta,
         None if chunk.first_read else state_pages.gather(page_ids),
     )
     state_pages.scatter(page_ids, state)
@@ -227,13 +228,13 @@ def absorb_and_read_decodes(
     keys = window_pages.keys_transposed[(*where, slice(None), batch.evicted_offsets)]
     values = window_pages.values[(*where, batch.evicted_offsets)]
     gates = window_pages.gates[(*where, batch.evicted_offsets)]
-    g, b = memory.decay_and_rate(gates.float().reshape(len(gates), memory.num_heads, memory.num_gates))
+    g, b = memory.decay_and_rate(gates.float().reshape(len(gates), memory.num_heads, memory.spec.num_gates))
     page_ids = state_table[batch.requests, : state_pages.layout.num_pages].long()
     state = state_pages.gather(page_ids)
     # What the pages of a new state held before is not zero times anything: it may be NaN.
     state.masked_fill_(batch.first_read[:, None, None, None], 0.0)
     o, state = recurrent_step(
-        l2_normalize(query[batch.rows]), l2_normalize(keys), values, g, b, memory.scale, memory.delta, state
+        l2_normalize(query[batch.rows]), l2_normalize(keys), values, g, b, memory.scale, memory.spec.delta, state
     )
     state_pages.scatter(page_ids, state)
     return o

@@ -18,7 +18,8 @@ from vllm_ahn.kernels.decode import decode_memory
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_plan import CHUNK_SIZE, PrefillPlan
 from vllm_ahn.kernels.read_out import gated_squares, read_out
-from vllm_ahn.memory import DeltaNet, Mamba2, Memory, Router
+from vllm_ahn.memory.base import Memory
+from vllm_ahn.memory.router import Router
 
 if TYPE_CHECKING:
     from vllm_ahn.attention.layer import AHNAttention
@@ -96,11 +97,11 @@ def decode(
         rows,
         metadata.seq_lens,
         o,
-        memory=type(memory).__name__,
+        memory=memory.spec.name,
         window=layer.config.window,
         sinks=layer.config.sinks,
         scale=memory.scale,
-        A_log=memory.A_log if isinstance(memory, Mamba2) else None,
+        A_log=memory.decay_of_rate,
     )
     positions = metadata.seq_lens if layer.router is None else metadata.seq_lens - 1
     read(memory, layer.router, o, z, rows, positions, output)
@@ -126,9 +127,9 @@ def prefill(
         state_pages.columns,
         state_table,
         plan,
-        memory=type(memory).__name__,
+        memory=memory.spec.name,
         scale=memory.scale,
-        A_log=memory.A_log if isinstance(memory, Mamba2) else None,
+        A_log=memory.decay_of_rate,
     )
     read(memory, layer.router, o, z, plan.rows, plan.positions, output)
 
@@ -154,7 +155,7 @@ def read(
         output: ``[num_tokens, num_heads, head_size]``, updated.
     """
     weights = None if router is None else router(positions)
-    if isinstance(memory, Mamba2):
+    if memory.spec.norm_all_heads:
         squares = torch.empty(len(rows), dtype=torch.float32, device=o.device)
         gated_squares(o, z, rows, squares)
         if memory.tp_size > 1:
@@ -172,5 +173,4 @@ def read(
             router=weights,
         )
     else:
-        assert isinstance(memory, DeltaNet)
-        read_out(o, z, rows, memory.o_norm.weight, memory.out_proj.weight, output, router=weights)
+        read_out(o, z, rows, memory.norm.weight, memory.out_proj.weight, output, router=weights)

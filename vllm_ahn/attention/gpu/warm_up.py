@@ -72,7 +72,7 @@ def warm_up(layer: "AHNAttention") -> None:
         )
         query = torch.ones((num_tokens, layer.num_heads, layout.head_size), dtype=layout.dtype, device=device)
         key = query[:, : layout.num_kv_heads].contiguous()
-        gates = torch.zeros((num_tokens, layer.num_heads, memory.num_gates), device=device)
+        gates = torch.zeros((num_tokens, layer.num_heads, memory.spec.num_gates), device=device)
         z = torch.zeros((num_tokens, layer.num_heads), device=device)
         output = torch.empty_like(query)
         core().run(layer, query, key, key, query, gates, z, output, planner.plan(common), state_table)

@@ -8,9 +8,8 @@ import pathlib
 
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, check_sinks, check_window
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import SHORT_NAMES
 from vllm_ahn.tools.quiet import quiet_vllm
-
-MEMORY_NAMES = {"gdn": "GatedDeltaNet", "dn": "DeltaNet", "mamba2": "Mamba2"}
 
 DEFAULT_LENGTH = 128_000
 """Tokens: the paper's "128k"."""
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, config.json or hub repository (REPOSITORY@REVISION for a revision)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ahn", metavar="CKPT", help=f"an AHN checkpoint, or {NO_MEMORY!r} for sinks and window alone")
-    which.add_argument("--memory", choices=MEMORY_NAMES, help="one memory, instead of all three")
+    which.add_argument("--memory", choices=list(SHORT_NAMES), help="one memory, instead of all three")
     # The second names are those of vllm serve, which messages about bad values use.
     parser.add_argument(
         "--window", "--ahn-window", type=_length, default=DEFAULT_WINDOW, metavar="N", help="W (default: %(default)s)"
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         async_scheduling=args.async_scheduling,
     )
     if args.memory is not None:
-        rows = configs(args.window, args.sinks, None, [MEMORY_NAMES[args.memory]])
+        rows = configs(args.window, args.sinks, None, [SHORT_NAMES[args.memory].name])
     else:
         rows = configs(args.window, args.sinks, model.ahn(args.ahn, args.window, args.sinks))
     question = Question(model, rows, settings, args.length, args.sequences_in)

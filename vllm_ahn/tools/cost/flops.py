@@ -8,7 +8,7 @@ recurrence is counted token by token; the chunk-parallel kernels of a prefill do
 from __future__ import annotations
 
 from vllm_ahn.config import AHNConfig
-from vllm_ahn.memory import MEMORY_CLASSES
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.cost.shape import ModelShape
 
 
@@ -41,7 +41,7 @@ def memory_flops(shape: ModelShape, length: int, config: AHNConfig) -> int:
     ``W + S``."""
     if config.memory is None:
         return 0
-    memory = MEMORY_CLASSES[config.memory]
+    memory = MEMORIES[config.memory]
     products = 2 if memory.delta else 1  # k u^T, and with the delta rule M^T k before it
     products += 2  # M^T q, and what is read times o_proj
     state = shape.heads * shape.head_size**2

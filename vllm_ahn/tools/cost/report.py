@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_ahn.config import MEMORIES, AHNConfig
+from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.cost import flops, paper
 from vllm_ahn.tools.cost.allocation import FP8, Allocation, EngineSettings, ahn_attention, full_attention
 from vllm_ahn.tools.cost.shape import Model, ModelShape
@@ -41,7 +42,9 @@ class Question:
         return int(self.cache_gib * 2**30)
 
 
-def configs(window: int, sinks: int, ahn: AHNConfig | None, memories: Sequence[str] = MEMORIES) -> list[AHNConfig]:
+def configs(
+    window: int, sinks: int, ahn: AHNConfig | None, memories: Sequence[str] = tuple(MEMORIES)
+) -> list[AHNConfig]:
     """The rows to compare: sinks and window alone, then `ahn` or, without one, each of `memories`."""
     rows = [AHNConfig(None, window, sinks)]
     if ahn is None:

@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any
 
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.distill.settings import SHORT_NAMES, Settings
+from vllm_ahn.memory.spec import SHORT_NAMES
+from vllm_ahn.tools.distill.settings import Settings
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains as the arguments say and prints how to serve the result; returns 0. Raises `AHNError`."""
     values = {name: getattr(args, name) for name in _DEFAULTS}
     values |= {name: tuple(values[name]) for name in ("data", "lossless", "sink_choices")}
-    settings = Settings(**values | {"memory": SHORT_NAMES[args.memory]})
+    settings = Settings(**values | {"memory": SHORT_NAMES[args.memory].name})
     try:
         from vllm_ahn.tools.distill.run import distill, is_first_process
     except ImportError as error:

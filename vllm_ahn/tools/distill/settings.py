@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from vllm_ahn.config import MEMORIES, check_sinks, check_window
+from vllm_ahn.config import check_sinks, check_window
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import MEMORIES, SHORT_NAMES
 from vllm_ahn.tools.distill.lengths import LOSSLESS, MAX_RATIO, SINKS
-
-SHORT_NAMES = {"gdn": "GatedDeltaNet", "dn": "DeltaNet", "mamba2": "Mamba2"}
-"""The memories as the published checkpoints abbreviate them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Settings:
     """The folder to write."""
 
     memory: str = "GatedDeltaNet"
-    """One of `vllm_ahn.config.MEMORIES`."""
+    """One of `vllm_ahn.memory.spec.MEMORIES`."""
 
     use_q_proj: bool = False
     """The memory's queries have a projection of their own, which the published ones do not (GatedDeltaNet only)."""

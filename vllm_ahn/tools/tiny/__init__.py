@@ -16,8 +16,8 @@ from typing import Any
 
 from vllm_ahn.checkpoint.options import read_options
 from vllm_ahn.checkpoint.tensors import BaseShape
-from vllm_ahn.config import MEMORIES
 from vllm_ahn.errors import AHNError
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.tiny.tokenizer import count_tokens, write_tokenizer
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -85,7 +85,7 @@ def make_tiny(
     """
     for name, value, known in (
         ("model_type", model_type, tuple(ARCHITECTURES)),
-        ("memory", memory, MEMORIES),
+        ("memory", memory, tuple(MEMORIES)),
         ("dtype", dtype, DTYPES),
     ):
         if value not in known:
@@ -179,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `run` reads to `parser`."""
     parser.add_argument("folder", help="where to write: FOLDER/base and FOLDER/ahn, or FOLDER/merged")
     parser.add_argument("--model-type", default="qwen2", choices=list(ARCHITECTURES), help="base architecture")
-    parser.add_argument("--memory", default="GatedDeltaNet", choices=MEMORIES, help="memory of the AHN")
+    parser.add_argument("--memory", default="GatedDeltaNet", choices=list(MEMORIES), help="memory of the AHN")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     parser.add_argument("--merged", action="store_true", help="write base and AHN into one checkpoint")
     for name, default in (
