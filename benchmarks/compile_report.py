@@ -29,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernel_cases.own_attention import paged_attention
 
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.decode import decode_memory, decode_rows
-from vllm_ahn.kernels.gates import NUM_GATES
+from vllm_ahn.kernels.decode import decode_memory, decode_reads
+from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
 from vllm_ahn.kernels.prefill_plan import PrefillPlan
 from vllm_ahn.kernels.read_out import gated_squares, read_out
 from vllm_ahn.kernels.tables import compact_block_table, compact_width
+from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,12 +127,9 @@ def _indices(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return _empty(*shape, dtype=dtype)
 
 
-def _window_pages(
-    kv_heads: int, head_size: int, gates: int, block_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    sizes = (block_size * head_size, block_size * head_size, block_size * gates)
-    planes = _empty(64, kv_heads, sum(sizes), dtype=dtype).split(sizes, dim=-1)
-    return tuple(plane.unflatten(-1, (block_size, -1)) for plane in planes)
+def _window_pages(kv_heads: int, head_size: int, gates: int, block_size: int, dtype: torch.dtype) -> WindowPages:
+    layout = WindowPageLayout(kv_heads, head_size, gates, block_size, dtype)
+    return WindowPages(_empty(64, kv_heads, block_size, layout.content_elements, dtype=dtype), layout)
 
 
 Case = tuple[str, Callable[[], None]]
@@ -139,7 +137,7 @@ Case = tuple[str, Callable[[], None]]
 
 def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> Iterator[Case]:
     """What is launched for layers of 16 heads in groups of 8, with its name."""
-    yield "any", lambda: decode_rows(_indices(33), _indices(32), 32768, _indices(32))
+    yield "any", lambda: decode_reads(_indices(33), _indices(32), 32768, _indices(32))
     for block_size in (16, 32):
         for requests in (None, _indices(TOKENS)):
             name = "a row a request" if requests is None else "rows of requests"
@@ -157,11 +155,14 @@ def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] 
             yield f"D={head_size} state {str(state_dtype).removeprefix('torch.')}", _states(head_size, state_dtype)
         for dtype in dtypes:
             name = str(dtype).removeprefix("torch.")
-            for memory in NUM_GATES:
+            for memory in MEMORIES.values():
                 for state_dtype in (torch.float32, torch.bfloat16):
                     state = str(state_dtype).removeprefix("torch.")
-                    yield f"D={head_size} {name} {memory} state {state}", _decode(head_size, dtype, memory, state_dtype)
-                yield f"D={head_size} {name} {memory}", _gather(head_size, dtype, memory)
+                    yield (
+                        f"D={head_size} {name} {memory.name} state {state}",
+                        _decode(head_size, dtype, memory, state_dtype),
+                    )
+                yield f"D={head_size} {name} {memory.name}", _gather(head_size, dtype, memory)
             for num_gates in (0, 1, 2):
                 yield f"D={head_size} {name} {num_gates} gates", _write(head_size, dtype, num_gates)
             for all_heads in (False, True):
@@ -176,19 +177,19 @@ def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] 
 HEADS, KV_HEADS, GROUP, BLOCK_SIZE, TOKENS = 16, 2, 8, 16, 32
 
 
-def _columns(head_size: int, state_dtype: torch.dtype) -> torch.Tensor:
-    columns = 2 * KV_HEADS * BLOCK_SIZE * (head_size + GROUP) * 2 // head_size // state_dtype.itemsize
-    # A page need not be whole columns: its stride is that of the window pages.
-    return _empty(64, columns + 1, head_size, dtype=state_dtype)[:, :columns]
+def _state_pages(head_size: int, state_dtype: torch.dtype) -> StatePages:
+    # A page need not be whole columns: it is as large as a window page.
+    cache = _window_pages(KV_HEADS, head_size, GROUP, BLOCK_SIZE, torch.bfloat16).pages
+    return StatePages(cache, StatePageLayout(HEADS, head_size, cache[0].numel() * cache.itemsize, state_dtype))
 
 
-def _decode(head_size: int, dtype: torch.dtype, memory: str, state_dtype: torch.dtype) -> Callable[[], None]:
+def _decode(head_size: int, dtype: torch.dtype, memory: MemorySpec, state_dtype: torch.dtype) -> Callable[[], None]:
     def launch() -> None:
         decode_memory(
             _empty(TOKENS, HEADS, head_size, dtype=dtype),
-            *_window_pages(KV_HEADS, head_size, NUM_GATES[memory] * GROUP, BLOCK_SIZE, dtype),
+            _window_pages(KV_HEADS, head_size, memory.num_gates * GROUP, BLOCK_SIZE, dtype),
             _indices(TOKENS, 4096),
-            _columns(head_size, state_dtype),
+            _state_pages(head_size, state_dtype),
             _indices(TOKENS, 4096),
             _indices(TOKENS),
             _indices(TOKENS),
@@ -208,19 +209,19 @@ def _plan() -> PrefillPlan:
     return PrefillPlan((TOKENS,), tokens, long, long, _indices(1), _indices(1), _indices(2), _indices(1, 2))
 
 
-def _gather(head_size: int, dtype: torch.dtype, memory: str) -> Callable[[], None]:
+def _gather(head_size: int, dtype: torch.dtype, memory: MemorySpec) -> Callable[[], None]:
     def launch() -> None:
         query = _empty(TOKENS, HEADS, head_size, dtype=dtype)
-        pages = _window_pages(KV_HEADS, head_size, NUM_GATES[memory] * GROUP, BLOCK_SIZE, dtype)
-        gather_stretches(query, *pages, _plan(), memory=memory, A_log=_empty(HEADS))
+        pages = _window_pages(KV_HEADS, head_size, memory.num_gates * GROUP, BLOCK_SIZE, dtype)
+        gather_stretches(query, pages, _plan(), memory=memory, A_log=_empty(HEADS))
 
     return launch
 
 
 def _states(head_size: int, state_dtype: torch.dtype) -> Callable[[], None]:
     def launch() -> None:
-        columns, table, plan = _columns(head_size, state_dtype), _indices(TOKENS, 4096), _plan()
-        scatter_states(gather_states(columns, table, HEADS, plan), columns, table, plan)
+        pages, table, plan = _state_pages(head_size, state_dtype), _indices(TOKENS, 4096), _plan()
+        scatter_states(gather_states(pages, table, plan), pages, table, plan)
 
     return launch
 
@@ -232,7 +233,7 @@ def _write(head_size: int, dtype: torch.dtype, num_gates: int) -> Callable[[], N
         gates = _empty(TOKENS, HEADS, num_gates) if num_gates else None
         slots = _indices(TOKENS, dtype=torch.int64)
         pages = _window_pages(KV_HEADS, head_size, max(num_gates, 1) * GROUP, BLOCK_SIZE, dtype)
-        write_window_pages(key, value, gates, slots, *pages)
+        write_window_pages(key, value, gates, slots, pages)
 
     return launch
 
@@ -264,7 +265,8 @@ def _attention(groups: int, segments: int, window: int | None) -> Callable[[], N
         query = _empty(TOKENS, kv_heads * groups, head_size, dtype=torch.bfloat16)
         paged_attention(
             query,
-            *pages[:2],
+            pages.keys,
+            pages.values,
             torch.empty_like(query),
             _indices(TOKENS + 1),
             _indices(TOKENS),

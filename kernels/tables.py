@@ -7,7 +7,7 @@ knows sinks.
 
 Where sinks and window fill blocks (:attr:`AHNWindowSpec.rearrangeable`) the sinks' blocks go behind those of the window
 that are older than the block of the row's first query. Then an ordinary sliding window of ``W + S`` is all it takes,
-for queries less than ``W`` tokens from the start of that block; :mod:`vllm_ahn.attention.cpu.lossless` says why. Rows
+for queries less than ``W`` tokens from the start of that block; :mod:`vllm_ahn.attention.window` says why. Rows
 that end within ``W + S`` keep their order: there that window is all of the sequence.
 """
 

@@ -12,11 +12,11 @@ from kernel_cases.results import Aim, Row
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call
 from support.paged_case import poisoned, random_gates
-from vllm_ahn.kernels.decode import decode_memory, decode_rows
-from vllm_ahn.kernels.gates import NUM_GATES
+from vllm_ahn.kernels.decode import decode_memory, decode_reads
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
 from vllm_ahn.kernels.prefill_plan import Stretch, plan_prefill
 from vllm_ahn.kernels.read_out import gated_squares, read_out
+from vllm_ahn.memory.spec import MEMORIES
 
 SPREAD = 32
 """Evicted tokens lie in so many positions after the sinks."""
@@ -86,11 +86,11 @@ def _verify(setting: Setting, model: Model, memory: str, requests: int, vast: bo
     states[~old] = 0
     before = pool.other_pages(reads).clone()
 
-    decode_rows(starts, lens, setting.capacity, rows)
+    decode_reads(starts, lens, setting.capacity, rows)
     wanted_rows = torch.full_like(rows, -1)
     wanted_rows[reads] = starts[reads]
     if not torch.equal(rows, wanted_rows):
-        raise Mismatch(f"decode_rows of {requests} requests: {rows.tolist()}, expected {wanted_rows.tolist()}")
+        raise Mismatch(f"decode_reads of {requests} requests: {rows.tolist()}, expected {wanted_rows.tolist()}")
     _memory(setting, memory, pool, slice(None), q, rows, lens, o, A_log)()
     read_rows = rows[reads].long()
     wanted, new_states = oracles.step(shape, q[read_rows], tokens, A_log, states)
@@ -149,7 +149,7 @@ class Batch:
         stretches = [Stretch(i, i, n - 1, 1) for i, n in enumerate(self.lens.tolist())]
         sizes = {"window": setting.window, "sinks": setting.sinks, "block_size": setting.block_size}
         self.plan = plan_prefill(stretches, self.pool.window_table, **sizes)
-        self.ready = gather_stretches(self.q, *self.pool.planes, self.plan, memory=memory, A_log=self.A_log)
+        self.ready = gather_stretches(self.q, self.pool.window, self.plan, memory=MEMORIES[memory], A_log=self.A_log)
 
     def part(self, number: int) -> slice:
         return slice(number * self.size, (number + 1) * self.size)
@@ -178,12 +178,12 @@ class Batch:
     def recurrent_on_pages(self, number: int) -> Callable[[], torch.Tensor]:
         """The same, with states gathered from pages before and scattered to them after."""
         table = self.pool.state_table[self.part(number)]
-        columns = self.pool.state.columns
+        pages = self.pool.state
 
         def call() -> torch.Tensor:
-            states = gather_states(columns, table, self.model.heads, self.plan)
+            states = gather_states(pages, table, self.plan)
             o, states = _recurrent(self.memory, *self.ready, states)
-            scatter_states(states, columns, table, self.plan)
+            scatter_states(states, pages, table, self.plan)
             return o
 
         return call
@@ -193,7 +193,9 @@ def num_bytes(model: Model, memory: str) -> int:
     """Bytes that a request's decode has to move: state in and out, key, value, gates, query, read."""
     heads, size = model.heads, model.head_size
     state = 2 * heads * size**2 * 4
-    return state + 2 * (2 * model.kv_heads * size + heads * NUM_GATES[memory] + heads * size) + 4 * heads * size
+    return (
+        state + 2 * (2 * model.kv_heads * size + heads * MEMORIES[memory].num_gates + heads * size) + 4 * heads * size
+    )
 
 
 def read_out_bytes(model: Model, requests: int) -> int:
@@ -265,14 +267,14 @@ def _memory(
     return partial(
         decode_memory,
         q,
-        *pool.planes,
+        pool.window,
         pool.window_table[part],
-        pool.state.columns,
+        pool.state,
         pool.state_table[part],
         rows,
         lens,
         o,
-        memory=memory,
+        memory=MEMORIES[memory],
         window=setting.window,
         sinks=setting.sinks,
         scale=1.0 if memory == "Mamba2" else q.shape[2] ** -0.5,

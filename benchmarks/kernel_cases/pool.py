@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from kernel_cases.setting import Model, Setting
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
-from vllm_ahn.kernels.gates import NUM_GATES
+from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.memory.spec import MEMORIES
 
 VAST = 1 << 32
 """Elements: twice what 32 bits count with a sign."""
@@ -49,7 +49,7 @@ class Pool:
         vast: bool = False,
     ) -> None:
         group = model.heads // model.kv_heads
-        gates = NUM_GATES[memory] * group if memory else 0
+        gates = MEMORIES[memory].num_gates * group if memory else 0
         layout = WindowPageLayout(model.kv_heads, model.head_size, gates, setting.block_size, setting.dtype)
         device = setting.device
         self.block_size = setting.block_size

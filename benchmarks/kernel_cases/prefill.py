@@ -15,6 +15,7 @@ from support.paged_case import random_gates
 from vllm_ahn.kernels.prefill import chunk_stretches, prefill_memory
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches
 from vllm_ahn.kernels.prefill_plan import Stretch, plan_prefill
+from vllm_ahn.memory.spec import MEMORIES
 
 MEAN, MOST = 1.5e-2, 5e-2
 """Errors allowed in half precision: queries, keys, values and what the chunk kernels keep between them are rounded."""
@@ -60,24 +61,26 @@ class Prefill:
         return partial(
             prefill_memory,
             self.query,
-            *self.pool.planes,
-            self.pool.state.columns,
+            self.pool.window,
+            self.pool.state,
             self.pool.state_table,
             self.plan,
             A_log=self.A_log,
-            memory=self.memory,
+            memory=MEMORIES[self.memory],
             scale=self.shape.scale,
         )
 
     def chunks_call(self) -> Call:
         """flash-linear-attention's kernels, on tensors that lie ready."""
-        ready = gather_stretches(self.query, *self.pool.planes, self.plan, memory=self.memory, A_log=self.A_log)
-        states = gather_states(self.pool.state.columns, self.pool.state_table, self.model.heads, self.plan)
-        return partial(chunk_stretches, *ready, states, self.plan, memory=self.memory, scale=self.shape.scale)
+        ready = gather_stretches(
+            self.query, self.pool.window, self.plan, memory=MEMORIES[self.memory], A_log=self.A_log
+        )
+        states = gather_states(self.pool.state, self.pool.state_table, self.plan)
+        return partial(chunk_stretches, *ready, states, self.plan, memory=MEMORIES[self.memory], scale=self.shape.scale)
 
     def read_out_call(self) -> Call:
         o = torch.randn_like(self.query)
-        return partial(self.weights, o, self.z, self.plan.rows, self.output)
+        return partial(self.weights, o, self.z, self.plan.reads, self.output)
 
     def oracle(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads ``[N, H, D]`` and new states ``[R, H, D, D]``, from what pages hold now."""

@@ -14,9 +14,10 @@ from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call, Timer
 from support.paged_case import random_gates
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.decode import decode_memory, decode_rows
+from vllm_ahn.kernels.decode import decode_memory, decode_reads
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_plan import Stretch, plan_prefill
+from vllm_ahn.memory.spec import MEMORIES
 
 MEAN, MOST = 1e-2, 3e-2
 """Errors allowed in half precision."""
@@ -120,7 +121,7 @@ class Step:
             )
 
     def plan_decode(self) -> None:
-        decode_rows(self.starts, self.lens, self.layer.setting.capacity, self.rows)
+        decode_reads(self.starts, self.lens, self.layer.setting.capacity, self.rows)
 
     def plan(self) -> None:
         """What a model does on the device once a step, not in every layer."""
@@ -131,7 +132,7 @@ class Step:
     def write(self) -> None:
         layer, t = self.layer, self.tokens
         gates = None if layer.gates is None else layer.gates[t]
-        write_window_pages(layer.key[t], layer.value[t], gates, self.slots, *layer.pool.planes)
+        write_window_pages(layer.key[t], layer.value[t], gates, self.slots, layer.pool.window)
 
     def attend(self) -> None:
         self._attend(self.layer.query[self.tokens], self.layer.output[self.tokens])
@@ -141,18 +142,18 @@ class Step:
         layer, setting = self.layer, self.layer.setting
         assert layer.memory is not None and layer.weights is not None
         settings = {
-            "memory": layer.memory,
+            "memory": MEMORIES[layer.memory],
             "scale": setting.shape(layer.model, layer.memory).scale,
             "A_log": layer.A_log,
         }
-        query, columns = layer.query[self.tokens], layer.pool.state.columns
+        query, pages, state = layer.query[self.tokens], layer.pool.window, layer.pool.state
         if layer.new == 1:
-            where = (self.window_table, columns, self.state_table, self.rows, self.lens, self.o)
-            decode_memory(query, *layer.pool.planes, *where, window=setting.window, sinks=setting.sinks, **settings)
+            where = (self.window_table, state, self.state_table, self.rows, self.lens, self.o)
+            decode_memory(query, pages, *where, window=setting.window, sinks=setting.sinks, **settings)
             o, rows = self.o, self.rows
         else:
-            o = prefill_memory(query, *layer.pool.planes, columns, self.state_table, self.prefill_plan, **settings)
-            rows = self.prefill_plan.rows
+            o = prefill_memory(query, pages, state, self.state_table, self.prefill_plan, **settings)
+            rows = self.prefill_plan.reads
         layer.weights(o, layer.z[self.tokens], rows, layer.output[self.tokens], copy=self.number)
 
     def __call__(self) -> None:

@@ -10,9 +10,9 @@ from kernel_cases.results import Aim, Row
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call
 from support.paged_case import random_gates
-from vllm_ahn.cache.page import WindowPages
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.gates import NUM_GATES
+from vllm_ahn.kernels.pages import WindowPages
+from vllm_ahn.memory.spec import MEMORIES
 
 CHUNK = 1024
 """So many tokens or more are a chunk, which fills blocks; fewer are one each of many requests."""
@@ -36,7 +36,7 @@ class Tokens:
                 self.slots = size + torch.randperm(free)[:number]
 
     def write(self, slots: torch.Tensor) -> Call:
-        return partial(write_window_pages, self.key, self.value, self.gates, slots, *self.pool.planes)
+        return partial(write_window_pages, self.key, self.value, self.gates, slots, self.pool.window)
 
 
 def _pool(setting: Setting, model: Model, memory: str, tokens: int, vast: bool = False) -> Pool:
@@ -70,7 +70,7 @@ def measure(setting: Setting, model: Model, memory: str) -> list[Row]:
     rows = []
     for number in setting.written:
         kept = 2 * model.kv_heads * model.head_size
-        gates = model.heads * NUM_GATES[memory]
+        gates = model.heads * MEMORIES[memory].num_gates
         moved = number * (2 * kept + 4 * gates + 8 + 2 * kept + 2 * gates)
         pool = _pool(setting, model, memory, number)
         sets = [Tokens(setting, model, memory, number, pool) for _ in range(timer.sets(moved))]

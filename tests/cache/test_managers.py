@@ -11,7 +11,7 @@ from vllm.utils.math_utils import cdiv
 from support.cache_case import specs
 from support.engines import cache_manager, engine
 from support.golden_data import CONFIGURATIONS
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 
 GDN = CONFIGURATIONS["gdn_qwen2"]
 

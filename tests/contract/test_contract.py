@@ -24,8 +24,8 @@ from support.golden_data import CONFIGURATIONS
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
 from vllm_ahn.attention.gpu.plan import AHNGpuMetadataBuilder
 from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
-from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
+from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
 from vllm_ahn.models import MODEL_CLASSES
 from vllm_ahn.models.ahn import cut_out_of_graphs
 from vllm_ahn.plugin import compat, register

@@ -17,10 +17,10 @@ KERNELS = {
     "compact_kernel",
     "copy_states_kernel",
     "decode_kernel",
+    "decode_reads_kernel",
     "gated_squares_kernel",
     "gather_kernel",
     "read_out_kernel",
-    "rows_kernel",
     "write_kernel",
 }
 

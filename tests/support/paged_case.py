@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
 NUM_GATES = {"GatedDeltaNet": 2, "DeltaNet": 1, "Mamba2": 1}
 
@@ -33,6 +34,10 @@ class Shape:
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def spec(self) -> MemorySpec:
+        return MEMORIES[self.memory]
 
     @property
     def num_gates(self) -> int:

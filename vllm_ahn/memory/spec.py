@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm_ahn.memory.base import Memory
 
+NORM_EPS = 1e-5
+"""Epsilon of every memory's norm, whatever the base model's is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MemorySpec:

@@ -46,9 +46,7 @@ def test_write_window_pages_equals_indexing(shape: Shape, with_gates: bool) -> N
             torch.cat((value, value[:1]))[: tokens + 1] if tokens == 2 else value,
             gates if with_gates else None,
             slots.masked_fill(padding, -1),
-            case.window.keys,
-            case.window.values,
-            case.window.gates,
+            case.window,
         )
         torch.testing.assert_close(case.cache, wanted.cache, rtol=0, atol=0, equal_nan=True)
 
@@ -58,12 +56,9 @@ def test_write_window_pages_refuses_what_does_not_fit() -> None:
     case = PagedCase(shape, 1, 20)
     key = torch.zeros(3, shape.kv_heads, shape.head_size)
     slots = torch.tensor([16, 17, 18])
-    pages = (case.window.keys, case.window.values, case.window.gates)
     with pytest.raises(ValueError, match="must be"):
-        write_window_pages(key[..., :-1], key[..., :-1], None, slots, *pages)
+        write_window_pages(key[..., :-1], key[..., :-1], None, slots, case.window)
     with pytest.raises(ValueError, match="contiguous"):
-        write_window_pages(key.mT.contiguous().mT, key, None, slots, *pages)
+        write_window_pages(key.mT.contiguous().mT, key, None, slots, case.window)
     with pytest.raises(ValueError, match="gates"):
-        write_window_pages(key, key, torch.zeros(3, 5, 1), slots, *pages)
-    with pytest.raises(ValueError, match="pages"):
-        write_window_pages(key, key, None, slots, pages[0], pages[1].contiguous(), pages[2])
+        write_window_pages(key, key, torch.zeros(3, 5, 1), slots, case.window)

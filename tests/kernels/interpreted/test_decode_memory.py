@@ -5,9 +5,10 @@ import torch
 
 from support.paged_case import PagedCase, Shape, decay_and_rate, poisoned, random_gates
 from vllm_ahn.kernels import l2_normalize, recurrent_step
-from vllm_ahn.kernels.decode import decode_memory, decode_rows
+from vllm_ahn.kernels.decode import decode_memory, decode_reads
+from vllm_ahn.memory.spec import MEMORIES
 
-MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
+NAMES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
 # window, sinks, block size, heads, KV heads, head size, dtype
 CASES = [
     (20, 3, 16, 2, 1, 64, torch.float32),
@@ -62,22 +63,20 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
         inputs[i] = (k, v, gates.float(), state)
     before = case.cache.clone()
 
-    rows = torch.full((num_requests,), -7, dtype=torch.int32)
-    decode_rows(query_start_loc, seq_lens, capacity, rows)
-    assert rows.tolist() == [int(query_start_loc[i]) if i in reads else -1 for i in range(num_requests)]
+    found = torch.full((num_requests,), -7, dtype=torch.int32)
+    decode_reads(query_start_loc, seq_lens, capacity, found)
+    assert found.tolist() == [int(query_start_loc[i]) if i in reads else -1 for i in range(num_requests)]
     o = poisoned(num_requests, shape.heads, shape.head_size)
     decode_memory(
         q,
-        case.window.keys,
-        case.window.values,
-        case.window.gates,
+        case.window,
         case.window_table,
-        case.state.columns,
+        case.state,
         case.state_table,
-        rows,
+        found,
         seq_lens,
         o,
-        memory=shape.memory,
+        memory=shape.spec,
         window=window,
         sinks=sinks,
         scale=shape.scale,
@@ -110,7 +109,7 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
     assert torch.equal(case.cache[~touched].view(torch.uint8), before[~touched].view(torch.uint8))
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_memory_equals_recurrent_step(case: tuple, memory: str) -> None:
     window, sinks, block_size, heads, kv_heads, head_size, dtype = case
@@ -119,14 +118,14 @@ def test_decode_memory_equals_recurrent_step(case: tuple, memory: str) -> None:
         check(shape, window, sinks, num_requests)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", NAMES)
 def test_decode_memory_of_many_requests(memory: str) -> None:
     shape = Shape(3, 1, 64, 16, memory, torch.bfloat16)
     for num_requests in (16, 33):
         check(shape, 9, 2, num_requests)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", NAMES)
 def test_decode_memory_with_other_tiles(memory: str) -> None:
     """Tiles narrower and wider than a page's columns."""
     shape = Shape(4, 2, 64, 16, memory, torch.bfloat16)
@@ -135,7 +134,7 @@ def test_decode_memory_with_other_tiles(memory: str) -> None:
 
 
 def test_decode_memory_with_a_bfloat16_state() -> None:
-    for memory in MEMORIES:
+    for memory in NAMES:
         check(Shape(4, 2, 80, 16, memory, torch.bfloat16, torch.bfloat16), 12, 5, 5)
 
 
@@ -143,7 +142,7 @@ def test_decode_memory_with_a_bfloat16_state() -> None:
 def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dtype) -> None:
     """A request that starts at ``W + S`` on pages of NaN and goes on; the state is rounded after each step."""
     window, sinks, steps = 6, 2, 12
-    for memory in MEMORIES:
+    for memory in NAMES:
         shape = Shape(4, 2, 64, 16, memory, state_dtype=state_dtype)
         case = PagedCase(shape, 1, window + sinks + steps)
         A_log = torch.randn(shape.heads)
@@ -156,16 +155,14 @@ def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dty
             o = poisoned(1, shape.heads, shape.head_size)
             decode_memory(
                 q,
-                case.window.keys,
-                case.window.values,
-                case.window.gates,
+                case.window,
                 case.window_table,
-                case.state.columns,
+                case.state,
                 case.state_table,
                 torch.tensor([0], dtype=torch.int32),
                 torch.tensor([t + 1], dtype=torch.int32),
                 o,
-                memory=memory,
+                memory=shape.spec,
                 window=window,
                 sinks=sinks,
                 scale=shape.scale,
@@ -194,20 +191,18 @@ def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dty
 def test_decode_memory_refuses_what_does_not_fit() -> None:
     shape = Shape(4, 2, 64, 16, "Mamba2")
     case = PagedCase(shape, 1, 20)
-    pages = (case.window.keys, case.window.values, case.window.gates, case.window_table, case.state.columns)
-    row = torch.zeros(1, dtype=torch.int32)
+    pages = (case.window, case.window_table, case.state)
+    read = torch.zeros(1, dtype=torch.int32)
     q, o = torch.zeros(1, 4, 64), torch.zeros(1, 4, 64)
-    settings = {"memory": "Mamba2", "window": 4, "sinks": 1, "scale": 1.0}
+    settings = {"memory": MEMORIES["Mamba2"], "window": 4, "sinks": 1, "scale": 1.0}
     with pytest.raises(ValueError, match="A_log"):
-        decode_memory(q, *pages, case.state_table, row, row, o, **settings)
+        decode_memory(q, *pages, case.state_table, read, read, o, **settings)
     with pytest.raises(ValueError, match="gates"):
-        decode_memory(q, *pages, case.state_table, row, row, o, **(settings | {"memory": "GatedDeltaNet"}))
-    with pytest.raises(ValueError, match="one of"):
-        decode_memory(q, *pages, case.state_table, row, row, o, **(settings | {"memory": "LSTM"}))
+        decode_memory(q, *pages, case.state_table, read, read, o, **(settings | {"memory": MEMORIES["GatedDeltaNet"]}))
     settings["A_log"] = torch.zeros(4)
-    with pytest.raises(ValueError, match="no state"):
-        decode_memory(q, *pages, case.state_table[:, :1], row, row, o, **settings)
+    with pytest.raises(ValueError, match="too narrow"):
+        decode_memory(q, *pages, case.state_table[:, :1], read, read, o, **settings)
     with pytest.raises(ValueError, match="float32"):
-        decode_memory(q, *pages, case.state_table, row, row, o.bfloat16(), **settings)
-    with pytest.raises(ValueError, match="q must"):
-        decode_memory(q[:, :3], *pages, case.state_table, row, row, o, **settings)
+        decode_memory(q, *pages, case.state_table, read, read, o.bfloat16(), **settings)
+    with pytest.raises(ValueError, match="query must"):
+        decode_memory(q[:, :3], *pages, case.state_table, read, read, o, **settings)

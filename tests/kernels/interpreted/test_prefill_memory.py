@@ -60,10 +60,6 @@ class Prefill:
         size = self.case.shape.block_size
         return plan_prefill(self.stretches, self.case.window_table, window=WINDOW, sinks=SINKS, block_size=size)
 
-    @property
-    def pages(self) -> tuple[torch.Tensor, ...]:
-        return self.case.window.keys, self.case.window.values, self.case.window.gates
-
 
 def test_plan_prefill() -> None:
     """By hand: windows of 4 after 2 sinks in blocks of 16."""
@@ -72,7 +68,7 @@ def test_plan_prefill() -> None:
     stretches = [Stretch(1, 5, 6, 3), Stretch(0, 8, 12, 66)]
     plan = plan_prefill(stretches, table, window=4, sinks=2, block_size=16)
     assert plan.lengths == (3, 66)
-    assert plan.rows.tolist() == [*range(5, 8), *range(8, 74)]
+    assert plan.reads.tolist() == [*range(5, 8), *range(8, 74)]
     assert plan.positions.tolist() == [6, 7, 8, *range(12, 78)]
     slots = [6 * 16 + 2, 6 * 16 + 3, 6 * 16 + 4] + [table[0, e // 16].item() * 16 + e % 16 for e in range(8, 74)]
     assert plan.slots.tolist() == slots
@@ -87,10 +83,10 @@ def test_gathers_equal_indexing(shape: Shape) -> None:
     prefill = Prefill(shape, [1, 33, 7], [True, False, False])
     plan = prefill.plan()
     A_log = prefill.A_log
-    got = gather_stretches(prefill.query, *prefill.pages, plan, memory=shape.memory, A_log=A_log)
+    got = gather_stretches(prefill.query, prefill.case.window, plan, memory=shape.spec, A_log=A_log)
     wanted: list[list[torch.Tensor]] = [[] for _ in got]
     for stretch, (k, v, gates) in zip(prefill.stretches, prefill.tokens, strict=True):
-        rows = slice(stretch.first_row, stretch.first_row + stretch.length)
+        rows = slice(stretch.first_token, stretch.first_token + stretch.length)
         g, b = decay_and_rate(shape, gates, A_log)
         v = v.repeat_interleave(shape.group, 1).float() * (b.unsqueeze(-1) if shape.memory == "Mamba2" else 1)
         k = l2_normalize(k).repeat_interleave(shape.group, 1)
@@ -105,11 +101,11 @@ def test_gathers_equal_indexing(shape: Shape) -> None:
             x.float(), torch.cat(parts), rtol=1e-6 if exact else tolerance, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
 
-    states = gather_states(prefill.case.state.columns, prefill.case.state_table, shape.heads, plan)
+    states = gather_states(prefill.case.state, prefill.case.state_table, plan)
     assert torch.equal(states, torch.stack(prefill.states).mT)
     before = prefill.case.cache.clone()
     new = torch.randn_like(states)
-    scatter_states(new, prefill.case.state.columns, prefill.case.state_table, plan)
+    scatter_states(new, prefill.case.state, prefill.case.state_table, plan)
     touched = torch.zeros(len(before), dtype=torch.bool)
     for stretch, state in zip(prefill.stretches, new, strict=True):
         assert torch.equal(prefill.case.get_state(stretch.request), state.mT.to(shape.state_dtype).float())
@@ -123,18 +119,18 @@ def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float)
     case = prefill.case
     o = prefill_memory(
         prefill.query,
-        *prefill.pages,
-        case.state.columns,
+        case.window,
+        case.state,
         case.state_table,
         plan,
-        memory=shape.memory,
+        memory=shape.spec,
         scale=shape.scale,
         A_log=prefill.A_log,
     )
     assert o.is_contiguous() and o.dtype == shape.dtype
     parts = zip(prefill.stretches, o.split(lengths), prefill.tokens, prefill.states, strict=True)
     for stretch, got, (k, v, gates), state in parts:
-        rows = slice(stretch.first_row, stretch.first_row + stretch.length)
+        rows = slice(stretch.first_token, stretch.first_token + stretch.length)
         g, b = decay_and_rate(shape, gates, prefill.A_log)
         wanted, final = naive_recurrence(
             l2_normalize(prefill.query[rows])[None].double(),

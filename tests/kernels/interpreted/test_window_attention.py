@@ -11,13 +11,13 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from support import flash_emulation
-from vllm_ahn.attention.gpu import metadata as gpu_metadata
+from vllm_ahn.attention.gpu import plan as gpu_plan
 from vllm_ahn.attention.gpu.flash_attention import FlashAttention
 from vllm_ahn.attention.gpu.plan import AHNGpuMetadata, AHNGpuMetadataPlanner
 from vllm_ahn.attention.gpu.rows import PagedAttention, cut_into_rows
 from vllm_ahn.attention.gpu.triton_attention import TritonAttention
-from vllm_ahn.cache.page import WindowPageLayout, WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec, window_spec
+from vllm_ahn.kernels.pages import WindowPageLayout, WindowPages
 
 TOLERANCE = 2e-6
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 24
@@ -130,7 +130,7 @@ def requests_at(window: int, sinks: int, decode: bool) -> list[tuple[int, int]]:
 def test_attends_to_sinks_and_window_by_a_mask(
     window: int, sinks: int, block_size: int, decode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_metadata, "QUERIES_PER_ROW", 20)
+    monkeypatch.setattr(gpu_plan, "QUERIES_PER_ROW", 20)
     batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
     metadata = planner(batch).plan(batch.common)
     assert not batch.spec.rearrangeable

@@ -12,8 +12,8 @@ from vllm import _custom_ops as ops
 
 from vllm_ahn.attention.cpu.batch import AHNMetadata, Chunk, ChunkKeys, DecodeBatch, DecodeKeys, PagedBatch
 from vllm_ahn.attention.cpu.isa import attention_isa
-from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, recurrent_step
+from vllm_ahn.kernels.pages import StatePages, WindowPages
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
 

@@ -12,9 +12,9 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_ahn.attention.gpu.plan import AHNGpuMetadata
 from vllm_ahn.attention.gpu.warm_up import warm_up_once
-from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.kernels.cache_write import write_window_pages
 from vllm_ahn.kernels.decode import decode_memory
+from vllm_ahn.kernels.pages import StatePages, WindowPages
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_plan import CHUNK_SIZE, PrefillPlan
 from vllm_ahn.kernels.read_out import gated_squares, read_out
@@ -46,7 +46,7 @@ def run(
     """
     pages, memory = layer.pages, layer.memory
     assert pages is not None
-    write_window_pages(key, value, gates, metadata.slot_mapping, pages.keys, pages.values, pages.gates)
+    write_window_pages(key, value, gates, metadata.slot_mapping, pages)
     rows = metadata.causal if layer.full_attention or metadata.windowed is None else metadata.windowed
     metadata.attention.attend(pages, query[: metadata.num_tokens], output, rows, layer.scale)
     if memory is None:
@@ -88,16 +88,14 @@ def decode(
     o = torch.empty((len(rows), *output.shape[1:]), dtype=torch.float32, device=output.device)
     decode_memory(
         memory_query,
-        pages.keys,
-        pages.values,
-        pages.gates,
+        pages,
         metadata.block_table,
-        state_pages.columns,
+        state_pages,
         state_table,
         rows,
         metadata.seq_lens,
         o,
-        memory=memory.spec.name,
+        memory=memory.spec,
         window=layer.config.window,
         sinks=layer.config.sinks,
         scale=memory.scale,
@@ -121,17 +119,15 @@ def prefill(
     """Absorb what chunks evict, one token before each read, and add what is read to ``output``."""
     o = prefill_memory(
         memory_query,
-        pages.keys,
-        pages.values,
-        pages.gates,
-        state_pages.columns,
+        pages,
+        state_pages,
         state_table,
         plan,
-        memory=memory.spec.name,
+        memory=memory.spec,
         scale=memory.scale,
         A_log=memory.decay_of_rate,
     )
-    read(memory, layer.router, o, z, plan.rows, plan.positions, output)
+    read(memory, layer.router, o, z, plan.reads, plan.positions, output)
 
 
 def read(

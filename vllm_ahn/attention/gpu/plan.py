@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_ahn.attention.gpu.backend import choose_attention
 from vllm_ahn.attention.gpu.rows import AttentionRows, PagedAttention, cut_into_rows
 from vllm_ahn.cache.specs import AHNWindowSpec
-from vllm_ahn.kernels.decode import decode_rows
+from vllm_ahn.kernels.decode import decode_reads
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
 from vllm_ahn.kernels.tables import TILE_BLOCKS, compact_block_table, compact_width
 
@@ -158,7 +158,7 @@ class AHNGpuMetadataPlanner:
 
     def _decode_rows(self, common: CommonAttentionMetadata) -> torch.Tensor:
         rows = self.decode_rows[: len(common.seq_lens)]
-        decode_rows(common.query_start_loc, common.seq_lens, self.spec.capacity, rows)
+        decode_reads(common.query_start_loc, common.seq_lens, self.spec.capacity, rows)
         return rows
 
     def _table_width(self, max_queries: int) -> int:

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vllm_ahn.cache.page import WindowPages
+from vllm_ahn.kernels.pages import WindowPages
 
 
 @dataclass

@@ -19,10 +19,10 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, get_kv_quant_mode
 
 from vllm_ahn.cache.layer import LayerSizes, layer_specs
-from vllm_ahn.cache.page import StatePageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
+from vllm_ahn.kernels.pages import StatePageLayout
 from vllm_ahn.plugin.limits import BLOCK_SIZES
 from vllm_ahn.tools.cost.shape import ModelShape
 

@@ -1,4 +1,4 @@
-"""What a page of each memory looks like.
+"""Layouts and views of the pages in which both memories live.
 
 vLLM's block pool has one page size for all layers and groups, so both memories are laid out over the same bytes:
 
@@ -7,7 +7,8 @@ vLLM's block pool has one page size for all layers and groups, so both memories 
 * A **state page** belongs to the compressed memory. It holds whole columns ``M[:, j]`` of the heads' states, one
   after another, in the state's own dtype. A request's state is the list of pages that its block table names.
 
-The views below read and write such pages in place; they own no memory. Nothing here needs vLLM.
+The views own no memory; whoever has one reads and writes the pages in place. Triton kernels find the same addresses
+by the helpers of :mod:`vllm_ahn.kernels.page_addresses`. Nothing here needs Triton or vLLM.
 """
 
 from dataclasses import dataclass
@@ -39,10 +40,12 @@ class WindowPageLayout:
 
     @property
     def content_bytes(self) -> int:
+        """Bytes per KV head and token."""
         return self.content_elements * self.dtype.itemsize
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of a page."""
         return self.num_kv_heads * self.block_size * self.content_bytes
 
 
@@ -50,7 +53,7 @@ class WindowPages:
     """The planes of all window pages of one layer.
 
     Args:
-        kv_cache: ``[num_blocks, num_kv_heads, block_size, content_elements]`` in the cache dtype, as vLLM binds it;
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, content_elements]`` in the layout's dtype, as vLLM binds it;
             the last two axes are contiguous, the first two may have any stride.
         layout: sizes of a page.
 
@@ -60,12 +63,19 @@ class WindowPages:
         keys_transposed: the same bytes as ``[num_blocks, num_kv_heads, head_size, block_size]``.
         values: ``[num_blocks, num_kv_heads, block_size, head_size]``.
         gates: ``[num_blocks, num_kv_heads, block_size, gates_per_kv_head]``.
+
+    Raises:
+        ValueError: ``kv_cache`` is not made of such pages.
     """
 
     def __init__(self, kv_cache: torch.Tensor, layout: WindowPageLayout) -> None:
         expected = (layout.num_kv_heads, layout.block_size, layout.content_elements)
         if tuple(kv_cache.shape[1:]) != expected:
             raise ValueError(f"window pages must be [num_blocks, {expected}], got {tuple(kv_cache.shape)}")
+        if kv_cache.dtype != layout.dtype:
+            raise ValueError(f"window pages must be {layout.dtype}, got {kv_cache.dtype}")
+        if not kv_cache[0, 0].is_contiguous():
+            raise ValueError(f"heads of window pages must be contiguous, got strides {kv_cache.stride()}")
         self.layout = layout
         self.pages = kv_cache
         slab = kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, -1)
@@ -75,6 +85,22 @@ class WindowPages:
         self.keys_transposed = keys.unflatten(-1, (layout.head_size, layout.block_size))
         self.values = values.unflatten(-1, (layout.block_size, layout.head_size))
         self.gates = gates.unflatten(-1, (layout.block_size, layout.gates_per_kv_head))
+
+    def group_of(self, query: torch.Tensor) -> int:
+        """Return how many query heads share a KV head.
+
+        Args:
+            query: ``[num_tokens, num_heads, head_size]``, contiguous in its last axis.
+
+        Raises:
+            ValueError: the query has other heads than the pages.
+        """
+        kv_heads, head_size = self.layout.num_kv_heads, self.layout.head_size
+        if query.dim() != 3 or query.shape[1] % kv_heads or query.shape[2] != head_size or query.stride(2) != 1:
+            raise ValueError(
+                f"query must be [T, a multiple of {kv_heads}, {head_size}], heads contiguous, got {tuple(query.shape)}"
+            )
+        return query.shape[1] // kv_heads
 
 
 @dataclass(frozen=True)
@@ -95,6 +121,7 @@ class StatePageLayout:
 
     @property
     def columns_per_page(self) -> int:
+        """Whole columns that a page holds."""
         return self.page_bytes // (self.head_size * self.dtype.itemsize)
 
     @property
@@ -107,17 +134,39 @@ class StatePages:
     """The states of one layer, spread over pages.
 
     Args:
-        kv_cache: one page of bytes per block, ``[num_blocks, 1, block_size, ...]`` in any dtype, contiguous within
-            a block.
+        kv_cache: one page of bytes per block, ``[num_blocks, ...]`` in any dtype; blocks are contiguous and may have
+            any stride.
         layout: how states are cut.
+
+    Attributes:
+        columns: ``[num_blocks, columns_per_page, D_k]``, a view of the cache.
+
+    Raises:
+        ValueError: ``kv_cache`` is not made of such pages.
     """
 
     def __init__(self, kv_cache: torch.Tensor, layout: StatePageLayout) -> None:
+        page = kv_cache[0]
+        page_bytes = page.numel() * page.element_size()
+        if page_bytes != layout.page_bytes or not page.is_contiguous():
+            raise ValueError(
+                f"state pages must be contiguous, of {layout.page_bytes} bytes each, got {page_bytes} bytes with "
+                f"strides {page.stride()}"
+            )
         self.layout = layout
-        pages = kv_cache.flatten(1).view(layout.dtype)
         used = layout.columns_per_page * layout.head_size
+        pages = kv_cache.flatten(1).view(layout.dtype)
         self.columns = pages[:, :used].unflatten(-1, (layout.columns_per_page, layout.head_size))
-        """``[num_blocks, columns_per_page, D_k]``, a view of the cache."""
+
+    def check(self, table: torch.Tensor, num_heads: int, head_size: int) -> None:
+        """Raise ``ValueError`` unless ``table [num_requests, width]`` can name the pages of states of such heads."""
+        layout = self.layout
+        if (layout.num_heads, layout.head_size) != (num_heads, head_size):
+            raise ValueError(
+                f"pages hold states of {layout.num_heads} heads of {layout.head_size}, not {num_heads} of {head_size}"
+            )
+        if table.shape[1] < layout.num_pages:
+            raise ValueError(f"a state table of {table.shape[1]} pages a request is too narrow for {layout.num_pages}")
 
     def gather(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Read whole states.
