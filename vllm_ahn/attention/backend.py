@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ahn.attention.core import runs_triton
+from vllm_ahn.device import runs_triton
 
 
 class _AHNBackend(AttentionBackend):

@@ -25,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_ahn.attention.layer import AHNAttention
 from vllm_ahn.attention.op import QUALIFIED_NAME
+from vllm_ahn.checkpoint.tensors import is_ahn_tensor
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
@@ -50,7 +51,7 @@ class AHNDecoderLayer(nn.Module):
     def __init__(self, config: Any, cache_config: Any = None, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__(config=config, cache_config=cache_config, quant_config=quant_config, prefix=prefix)
         vllm_config = get_current_vllm_config()
-        ahn_config = AHNConfig.from_dict(vllm_config.additional_config["ahn"])
+        ahn_config = AHNConfig.from_vllm_config(vllm_config)
         attention = self.self_attn
         name = attention.attn.layer_name
         # The base's own attention has entered itself as a layer with a cache; ours takes its place under its name.
@@ -140,6 +141,9 @@ class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
     takes LoRA, since none of its modules is a linear layer of vLLM's.
     """
 
+    has_ahn: ClassVar[bool] = True
+    """How `vllm_ahn.plugin.patches` knows these models, without importing them."""
+
     model_class: ClassVar[type[nn.Module]]
     """The base's ``Model`` class over AHN decoder layers, compiled by vLLM."""
 
@@ -165,8 +169,9 @@ class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
-        ahn_config = AHNConfig.from_dict(vllm_config.additional_config["ahn"])
+        ahn_config = AHNConfig.from_vllm_config(vllm_config)
         self.has_memory = ahn_config.memory is not None
+        self.full_attention_layers = ahn_config.full_attention_layers
         self.secondary_weights: list[DefaultModelLoader.Source] = []
         if ahn_config.checkpoint is not None:
             self.secondary_weights.append(
@@ -202,7 +207,7 @@ class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
         def base_weights() -> Iterable[tuple[str, torch.Tensor]]:
             for name, weight in weights:
-                if ".ahn.fn." in name or ".ahn_router." in name:
+                if is_ahn_tensor(name):
                     if (parameter := self._load_ahn_weight(name, weight)) is not None:
                         loaded.add(parameter)
                 else:
@@ -220,6 +225,8 @@ class AHNForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
             return None
         index = int(before.rpartition(".")[2])
         if not self.model.start_layer <= index < self.model.end_layer:
+            return None
+        if index in self.full_attention_layers:  # the published trainer saves a memory for these too
             return None
         prefix = before + part
         module: Any = self.get_submodule(prefix.rstrip("."))
