@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from vllm_ahn.bases import base_of_type
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import MEMORIES
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
-_HEAD_DIMS = {"qwen3": 128}  # what a config means that does not say, unless it means hidden / heads
 _MISSING = object()
 
 
@@ -49,8 +49,8 @@ class BaseShape:
             )
         if _field(hf_config, "head_dim") not in (None, _MISSING):
             head_dim = positive_field(hf_config, "head_dim", label)
-        elif model_type in _HEAD_DIMS:
-            head_dim = _HEAD_DIMS[model_type]
+        elif (base := base_of_type(model_type)) is not None and base.default_head_dim is not None:
+            head_dim = base.default_head_dim
         elif hidden % heads:
             raise AHNError(f"{label}: hidden_size is {hidden}, expected a multiple of num_attention_heads, {heads}")
         else:

@@ -116,9 +116,9 @@ def _plugin(report: Report) -> None:
         report.problem(_short(error))
         return
     report.add("loaded by vLLM", "yes")
-    from vllm_ahn.models import AHN_ARCHITECTURES
+    from vllm_ahn.bases import BASES
 
-    report.add("base architectures", ", ".join(AHN_ARCHITECTURES))
+    report.add("base architectures", ", ".join(base.architecture for base in BASES))
 
 
 def _machine(report: Report) -> None:

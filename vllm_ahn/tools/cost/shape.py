@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_ahn.bases import find_base
 from vllm_ahn.checkpoint import looks_merged, resolve
 from vllm_ahn.checkpoint.find import local_folder, split_revision
 from vllm_ahn.checkpoint.options import read_config, read_config_file, read_memory, read_options
 from vllm_ahn.checkpoint.tensors import BaseShape, positive_field
 from vllm_ahn.config import AHNConfig
-from vllm_ahn.plugin.overrides import ahn_architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Model:
         base_config = SimpleNamespace(**self.config)
         if checkpoint is not None:
             setting = {"checkpoint": checkpoint, "window": window, "sinks": sinks}
-            return resolve(setting, base=self.name, base_revision=None, base_config=base_config, load_format="dummy")
+            return resolve(setting, base=self.name, base_revision=None, base_config=base_config, weights=False)
         if not looks_merged(base_config):
             return None
         options = read_options(self.config, BaseShape.from_config(self.config, self.label), self.label)
@@ -97,5 +97,5 @@ def find_model(name: str) -> Model:
     else:
         repository, revision = split_revision(name)
         config, label = read_config(local_folder(repository, revision, weights=False), name), f"{name}/config.json"
-    ahn_architecture(SimpleNamespace(**config), name)
+    find_base(config, name)
     return Model(name, label, config, ModelShape.from_config(config, label))
