@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from vllm_ahn import published
 from vllm_ahn.bases import base_of_type
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import MEMORIES
@@ -59,9 +60,8 @@ class BaseShape:
 
 
 PUBLISHED_SIZES = {
-    BaseShape("qwen2", 36, 2048, 16, 2, 128): "Qwen2.5-3B",
-    BaseShape("qwen2", 28, 3584, 28, 4, 128): "Qwen2.5-7B",
-    BaseShape("qwen2", 48, 5120, 40, 8, 128): "Qwen2.5-14B",
+    BaseShape("qwen2", base.layers, base.hidden, base.heads, base.kv_heads, base.hidden // base.heads): base.name
+    for base in published.BASES.values()
 }
 """The bases that AHNs were published for; other bases fit as well, they only have no name here."""
 
@@ -126,10 +126,10 @@ def count_parameters(memory: str, shape: BaseShape, options: Options = PUBLISHED
     return sum(math.prod(dims) for dims in expected_tensors(memory, shape, options).values())
 
 
-def state_bytes(shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> int:
-    """Bytes of one sequence's compressed memory: one float32 state [H, D, D] a layer that has an AHN."""
+def state_bytes(shape: BaseShape, options: Options = PUBLISHED_OPTIONS, element_bytes: int = 4) -> int:
+    """Bytes of one sequence's compressed memory: one state [H, D, D], float32 by default, a layer that has an AHN."""
     layers = shape.num_hidden_layers - len(options.full_attention_layers)
-    return layers * shape.num_attention_heads * shape.head_dim**2 * 4
+    return layers * shape.num_attention_heads * shape.head_dim**2 * element_bytes
 
 
 def is_ahn_tensor(name: str) -> bool:

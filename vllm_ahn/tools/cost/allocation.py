@@ -18,11 +18,10 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, get_kv_quant_mode
 
-from vllm_ahn.cache.layer import LayerSizes, layer_specs
+from vllm_ahn.cache.layer import LayerSizes, layer_specs, state_layout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
-from vllm_ahn.kernels.pages import StatePageLayout
 from vllm_ahn.plugin.limits import BLOCK_SIZES
 from vllm_ahn.tools.cost.shape import ModelShape
 
@@ -197,5 +196,5 @@ def ahn_attention(shape: ModelShape, settings: EngineSettings, length: int, conf
     if state is None:
         return Allocation(length, shape.layers, (window,), settings)
     layers_with_state = shape.layers - len(config.full_attention_layers)
-    state_bytes = StatePageLayout(sizes.num_heads, sizes.head_size, state.page_size_bytes).state_bytes
+    state_bytes = state_layout(config, sizes, state.page_size_bytes).state_bytes
     return Allocation(length, shape.layers, (window, state), settings, layers_with_state * state_bytes)
