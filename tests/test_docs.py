@@ -359,28 +359,35 @@ def test_every_block_is_accounted_for() -> None:
     assert collections.Counter(block.page.name for block in BLOCKS if block.reason) == NOT_RUN
 
 
+LM_EVAL = 'lm_eval run --model vllm --include_path "$(vllm-ahn tasks)" --tasks {} --model_args \'{{"{}": "BASE"}}\''
+
+
 @pytest.mark.parametrize(
-    ("text", "error"),
+    ("text", "error", "said"),
     [
-        ("```bash\nvllm serve BASE --ahn-windows 64\n```", SystemExit),
-        ("```bash\nvllm serve tiny/nothing --ahn CKPT\n```", AssertionError),
-        ("```bash\nvllm-ahn inspect\n```", SystemExit),
-        ("```bash\nmake nothing\n```", AssertionError),
-        ("```bash\npip install '.[nothing]'\n```", AssertionError),
-        ("```bash\npython examples/nothing.py\n```", AssertionError),
-        ("```bash\ncurl localhost\n```", AssertionError),
-        ("```bash\nlm_eval run --model vllm --tasks ahn_nothing --include_path \"$(vllm-ahn tasks)\" "
-         "--model_args '{\"pretrained\": \"BASE\"}'\n```", AssertionError),
-        ("```bash\nlm_eval run --model vllm --tasks ahn_longbench --include_path \"$(vllm-ahn tasks)\" "
-         "--model_args '{\"pretrain\": \"BASE\"}'\n```", AssertionError),
-        ("```console\n$ vllm-ahn make-tiny tiny\nbase  tiny/base\n```", AssertionError),
-        ("```console\n$ make demo\n...\n```", AssertionError),
-        ("```console\nno command\n```", ValueError),
+        ("```bash\nvllm serve BASE --ahn-windows 64\n```", SystemExit, "2"),
+        ("```bash\nvllm serve tiny/nothing --ahn CKPT\n```", AssertionError, "no model tiny/nothing"),
+        ("```bash\nvllm-ahn inspect\n```", SystemExit, "2"),
+        ("```bash\nmake nothing\n```", AssertionError, "No rule to make target 'nothing'"),
+        ("```bash\npip install '.[nothing]'\n```", AssertionError, "no extra nothing"),
+        ("```bash\npython examples/nothing.py\n```", AssertionError, "no program examples/nothing.py"),
+        ("```bash\npython -m pytest tests/nothing\n```", AssertionError, "no tests/nothing"),
+        ("```bash\ncurl localhost\n```", AssertionError, "say why it is not run"),
+        (f"```bash\n{LM_EVAL.format('ahn_nothing', 'pretrained')}\n```", AssertionError, "no task {'ahn_nothing'}"),
+        (f"```bash\n{LM_EVAL.format('ahn_longbench', 'pretrain')}\n```", AssertionError, "passes {'pretrain'}"),
+        (
+            "```console\n$ vllm-ahn make-tiny tiny\nbase  tiny/base\n```",
+            AssertionError,
+            "prints\nbase  tiny/base\nahn ",
+        ),
+        ("```console\n$ make demo\n...\n```", AssertionError, "make is not run: say why"),
+        ("```console\nno command\n```", ValueError, "the output of no command"),
     ],
-)  # fmt: skip
-def test_wrong_commands_are_found(text: str, error: type[BaseException], session: Path) -> None:
-    with pytest.raises(error):
+)
+def test_wrong_commands_are_found(text: str, error: type[BaseException], said: str, session: Path) -> None:
+    with pytest.raises(error) as found:
         check_session(documents.blocks(ROOT / "README.md", text), session)
+    assert said in str(found.value)
 
 
 def test_what_is_excused_is_parsed_all_the_same(session: Path) -> None:
