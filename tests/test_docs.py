@@ -6,33 +6,30 @@ its commands are parsed all the same. Links and paths lead to something.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import collections
 import contextlib
-import inspect
 import io
 import itertools
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tomllib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import vllm
+import yaml
 
 from support import documents
+from support.command_lines import SHELL, check_command, parse_make, parse_programs, programs, words_of
 from support.documents import PAGES, Block, Command
 from support.engines import DEFAULTS
-from support.paths import ROOT, TESTS
+from support.paths import ROOT
 from support.servers import environment, program
 from support.servers import run as run_process
+from vllm_ahn.plugin import compat
 from vllm_ahn.tools import cli
 from vllm_ahn.tools.tiny import make_tiny
 
@@ -46,11 +43,6 @@ NOT_RUN = {
 }
 """Blocks with a comment that says why they are not run. To add one is a decision, so it changes this table too."""
 
-PLACEHOLDERS = {"BASE", "CKPT", "ADAPTER", "my-ahn", "none"}
-"""Models that stand for the reader's own."""
-
-HUB = re.compile(r"(Qwen|ByteDance-Seed)/[\w.-]+")
-
 NOT_IN_THE_REPOSITORY = {
     "Infinigence/LVEval/cmrc_mixup.zip",
     "xinrongzhang2022/InfiniteBench/longbook_qa_eng.jsonl",
@@ -59,126 +51,7 @@ NOT_IN_THE_REPOSITORY = {
 }
 """Paths that pages name and that are made, or on the hub."""
 
-SHELL = ("bash", "console")
-
 BLOCKS = [block for page in PAGES for block in documents.blocks(page)]
-
-
-# What a command line may be.
-
-
-class Parsed(Exception):
-    """The ``vllm-ahn`` command has taken its arguments, which it holds."""
-
-
-def parse_vllm_ahn(words: list[str]) -> argparse.Namespace:
-    """Parse with the command's own parser, whatever builds it."""
-    original = argparse.ArgumentParser.parse_args
-
-    def parse_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        raise Parsed(original(self, *args, **kwargs))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        try:
-            cli.main(words[1:])
-        except Parsed as parsed:
-            namespace: argparse.Namespace = parsed.args[0]
-            return namespace
-    raise AssertionError("the command did not parse its arguments")
-
-
-def parse_vllm(words: list[str]) -> None:
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser(prog="vllm")
-    serve = ServeSubcommand()
-    serve.subparser_init(parser.add_subparsers(required=True))
-    args = parser.parse_args(words[1:])
-    args.model = args.model_tag
-    serve.validate(args)
-    for name in (args.model, getattr(args, "ahn", None)):
-        if name is None or name in PLACEHOLDERS or HUB.fullmatch(name):
-            continue
-        assert Path(name).exists(), f"there is no model {name}"
-
-
-def parse_lm_eval(words: list[str]) -> None:
-    from lm_eval._cli.harness import HarnessCLI
-    from lm_eval.models.vllm_causallms import VLLM
-    from lm_eval.tasks import TaskManager
-
-    if words[1].startswith("-"):
-        words = [words[0], "run", *words[1:]]
-    args = HarnessCLI()._parser.parse_args(words[1:])
-    assert args.model == "vllm"
-    known = {*inspect.signature(VLLM.__init__).parameters, *inspect.signature(vllm.EngineArgs).parameters}
-    assert args.model_args.keys() <= known, f"lm-eval passes {args.model_args.keys() - known} to nobody"
-    assert args.include_path is not None, "lm-eval's own tasks are not known here"
-    tasks = TaskManager(include_path=args.include_path, include_defaults=False).all_tasks
-    assert set(args.tasks) <= set(tasks), f"there is no task {set(args.tasks) - set(tasks)}"
-
-
-def parse_make(words: list[str]) -> None:
-    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def parse_pip(words: list[str]) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert words[1] == "install" and len(words) == 3
-    match = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])
-    assert match is not None, f"{words[2]} is not this checkout"
-    assert match[1] is None or match[1] in extras, f"there is no extra {match[1]}"
-
-
-def parse_python(words: list[str]) -> None:
-    """``python -m pytest``: its paths exist. Programs are parsed together, see `test_programs`."""
-    if words[1:3] == ["-m", "pytest"]:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("paths", nargs="+")
-        parser.add_argument("-k")
-        for path in parser.parse_args(words[3:]).paths:
-            assert (ROOT / path).exists(), f"there is no {path}"
-    else:
-        assert (ROOT / words[1]).is_file(), f"there is no program {words[1]}"
-
-
-def parse_script(words: list[str]) -> None:
-    assert os.access(ROOT / words[0], os.X_OK), f"there is no program {words[0]}"
-
-
-PARSERS = {
-    "vllm-ahn": parse_vllm_ahn,
-    "vllm": parse_vllm,
-    "lm_eval": parse_lm_eval,
-    "make": parse_make,
-    "pip": parse_pip,
-    "python": parse_python,
-    ".venv/bin/python": parse_python,
-    "requirements/make-venv.sh": parse_script,
-}
-
-
-def words_of(command: Command) -> list[str]:
-    """The command's words, with the one substitution that pages use."""
-    words = command.words
-    if "$(vllm-ahn tasks)" in words:
-        folder = io.StringIO()
-        with contextlib.redirect_stdout(folder):
-            assert cli.main(["tasks"]) == 0
-        words = [folder.getvalue().strip() if word == "$(vllm-ahn tasks)" else word for word in words]
-    return words
-
-
-def check_command(command: Command, excused: bool = False) -> None:
-    """Hold a command against its parser. Raises ``AssertionError`` or ``SystemExit``."""
-    words = words_of(command)
-    if words[0] not in PARSERS:
-        assert excused, f"nothing here can parse {command.line!r}: say why it is not run"
-        return
-    PARSERS[words[0]](words)
 
 
 # Sessions: the commands of a page, in its order, in a folder like a checkout.
@@ -196,7 +69,7 @@ def printed_by(words: list[str], folder: Path) -> str:
     """What a command prints when it is run. Engines and servers are not started here."""
     if words[0] == "vllm":  # all that may be run of it is what ends in an error
         command = [program("vllm"), *words[1:]]
-        done = run_process(command, env=environment(folder / "cache", VLLM_LOGGING_LEVEL="ERROR"), timeout=240)
+        done = run_process(command, env=environment(folder / "cache", VLLM_LOGGING_LEVEL="ERROR"), timeout=300)
         assert done.returncode == 1, done.stdout + done.stderr
         return done.stderr[done.stderr.rindex("error: ") :]
     assert words[0] == "vllm-ahn", f"{words[0]} is not run: say why"
@@ -230,25 +103,6 @@ def check_session(blocks: list[Block], folder: Path) -> None:
 def test_commands(page: Path, session: Path) -> None:
     """Commands are taken by their parsers, and print what the page shows."""
     check_session([block for block in BLOCKS if block.page == page], session)
-
-
-def programs(blocks: list[Block]) -> list[list[str]]:
-    commands = [command.words for block in blocks if block.language in SHELL for command in block.commands]
-    return [words[1:] for words in commands if words[0].endswith("python") and words[1] != "-m"]
-
-
-def parse_programs(lines: list[list[str]]) -> list[str | None]:
-    done = subprocess.run(
-        [sys.executable, TESTS / "support" / "parse_scripts.py"],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    problems: list[str | None] = json.loads(done.stdout)
-    return problems
 
 
 def test_programs(session: Path) -> None:
@@ -343,6 +197,26 @@ def test_tasks_of_the_evaluation_page() -> None:
     assert [name for name in expanded if name not in known] == []
 
 
+def test_workflow_templates_and_hooks() -> None:
+    files = [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml"]
+    values = {file.name: yaml.safe_load(file.read_text()) for file in files}
+    assert len(values) == 5
+    jobs = values["ci.yml"]["jobs"]["tests"]["strategy"]["matrix"]["include"]
+    for job in jobs:
+        parse_make(["make", job["target"]])
+        compat.check_vllm_version(job["vllm"])
+    contract = re.search(r"^CONTRACT := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert contract is not None
+    assert {job["target"]: job["vllm"] for job in jobs} == {
+        "test": version("vllm").partition("+")[0],
+        "contract": contract[1],
+    }
+
+
+def test_versions_are_those_that_are_supported() -> None:
+    assert f"`{compat.SUPPORTED}`" in (ROOT / "docs" / "vllm-versions.md").read_text()
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
@@ -378,7 +252,7 @@ LM_EVAL = 'lm_eval run --model vllm --include_path "$(vllm-ahn tasks)" --tasks {
         (
             "```console\n$ vllm-ahn make-tiny tiny\nbase  tiny/base\n```",
             AssertionError,
-            "prints\nbase  tiny/base\nahn ",
+            "make-tiny tiny prints",
         ),
         ("```console\n$ make demo\n...\n```", AssertionError, "make is not run: say why"),
         ("```console\nno command\n```", ValueError, "the output of no command"),

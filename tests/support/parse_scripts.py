@@ -10,6 +10,7 @@ import io
 import json
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +21,7 @@ class Parsed(BaseException):
 def problem(words: list[str]) -> str | None:
     """Return what is wrong with a command line, None if nothing is."""
     sys.argv = words
+    sys.path[0] = str(Path(words[0]).parent)  # as for a program that is run: it imports its neighbours
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
