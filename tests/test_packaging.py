@@ -88,8 +88,6 @@ def test_wheel_has_the_kernels_once(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"vllm_ahn"}
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "vllm_ahn").rglob("*.py")}
     assert package <= set(names)
-    tasks = {p.relative_to(ROOT).as_posix() for p in (ROOT / "vllm_ahn" / "evaluation" / "tasks").rglob("*.yaml")}
-    assert len(tasks) > 60 and tasks <= set(names), "lm-eval finds the tasks beside the code"
     assert "vllm_ahn/py.typed" in names
 
 

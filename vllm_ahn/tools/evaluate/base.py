@@ -1,4 +1,4 @@
-"""The base model under evaluation: what its config.json says, and which files exactly it is."""
+"""The base model under evaluation: what its config.json says, and exactly which files it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_ahn.checkpoint.options import read_config
 from vllm_ahn.checkpoint.tensors import PUBLISHED_SIZES, BaseShape
 from vllm_ahn.errors import AHNError
 
-_READ_WHOLE = (".json", ".txt", ".jinja")
+_TEXTS = (".json", ".txt", ".jinja")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -34,14 +34,14 @@ class Base:
     """Its config.json."""
 
     files: str
-    """`fingerprint` of it."""
+    """Which files it is, from `pinned`."""
 
     @classmethod
     def find(cls, name: str) -> Base:
-        """The base `name`, ``FOLDER``, ``REPOSITORY`` or ``REPOSITORY@REVISION``.
+        """Find the base `name`: ``FOLDER``, ``REPOSITORY`` or ``REPOSITORY@REVISION``.
 
-        Raises `AHNError` if there is none, and for a model that has an AHN merged in: full attention cannot be had
-        of it.
+        Raises:
+            AHNError: there is none, or it has an AHN merged in, so it cannot run with full attention.
         """
         found, files, folder = pinned(name)
         config = read_config(folder, name)
@@ -54,13 +54,8 @@ class Base:
         return cls(repository, revision, config, files)
 
     @property
-    def hf_config(self) -> Any:
-        """The config.json as an object with attributes."""
-        return argparse.Namespace(**self.config)
-
-    @property
     def positions(self) -> int:
-        """Tokens that the base was made for, ``max_position_embeddings``."""
+        """``max_position_embeddings``, tokens."""
         value = self.config.get("max_position_embeddings")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise AHNError(f"{self.name}: max_position_embeddings is {value!r}, expected a number of tokens")
@@ -72,82 +67,73 @@ class Base:
         name = PUBLISHED_SIZES.get(BaseShape.from_config(self.config, self.name))
         return name.rpartition("-")[2] if name else None
 
-    def unscaled(self, max_model_len: int) -> dict[str, Any]:
-        """vLLM's ``hf_overrides`` for true, unscaled positions up to `max_model_len` tokens.
-
-        It is how an AHN is served, and how the paper ran full attention. Raises `AHNError` if the base scales
-        positions itself and they end before.
-        """
-        if max_model_len <= self.positions:
-            return {}
-        self._check_unscaled(max_model_len)
-        return {"max_position_embeddings": max_model_len}
-
     def yarn_factor(self, max_model_len: int) -> int | None:
-        """The factor by which YaRN has to stretch the base's positions, the least whole one; None: not at all."""
+        """Return the smallest whole factor by which YaRN must stretch the positions; None if they suffice."""
         return None if max_model_len <= self.positions else math.ceil(max_model_len / self.positions)
 
+    def unscaled(self, max_model_len: int) -> dict[str, Any]:
+        """Return vLLM's ``hf_overrides`` for true, unscaled positions up to `max_model_len` tokens.
+
+        An AHN is served so, and the paper ran full attention so.
+
+        Raises:
+            AHNError: `max_model_len` is beyond the positions of a base that scales them itself.
+        """
+        if self.yarn_factor(max_model_len) is None:
+            return {}
+        self._rope()
+        return {"max_position_embeddings": max_model_len}
+
     def yarn(self, max_model_len: int) -> dict[str, Any]:
-        """vLLM's ``hf_overrides`` for YaRN up to `max_model_len` tokens; raises `AHNError` as `unscaled` does."""
+        """Return vLLM's ``hf_overrides`` for YaRN up to `max_model_len` tokens. Raises as `unscaled` does."""
         factor = self.yarn_factor(max_model_len)
         if factor is None:
             return {}
-        self._check_unscaled(max_model_len)
         theta = self._rope().get("rope_theta", self.config.get("rope_theta"))
         if not isinstance(theta, (int, float)):
             raise AHNError(f"{self.name}: rope_theta is {theta!r} in its config.json, expected a number, for yarn")
+        rope = {"rope_type": "yarn", "rope_theta": theta, "factor": float(factor)}
         return {
             # With YaRN, vLLM and Transformers take this for the stretched length.
             "max_position_embeddings": factor * self.positions,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": theta,
-                "factor": float(factor),
-                "original_max_position_embeddings": self.positions,
-            },
+            "rope_parameters": {**rope, "original_max_position_embeddings": self.positions},
         }
 
     def _rope(self) -> Mapping[str, Any]:
-        for name in ("rope_parameters", "rope_scaling"):
-            if isinstance(found := self.config.get(name), Mapping):
-                return found
-        return {}
-
-    def _check_unscaled(self, max_model_len: int) -> None:
-        rope = self._rope()
+        """Return the config's rope parameters. Raises `AHNError` if they scale positions."""
+        found = (self.config.get(name) for name in ("rope_parameters", "rope_scaling"))
+        rope: Mapping[str, Any] = next((value for value in found if isinstance(value, Mapping)), {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise AHNError(
                 f"{self.name}: scales its positions itself (rope type {kind!r}) up to {self.positions} tokens, "
-                f"expected --max-model-len of at most that instead of {max_model_len}"
+                "expected --max-model-len of at most that"
             )
+        return rope
 
 
 def pinned(name: str) -> tuple[str, str, Path]:
-    """Which model exactly `name` is, now and when it is asked for again.
+    """Find out which model exactly `name` is, so that the same model is found again later.
 
     Returns:
-        its name: the absolute path of a folder, ``REPOSITORY@COMMIT`` of a repository;
-        what its files are: the commit, or for a folder a hash of its texts and of the names, sizes and times of its
-        weights, so that other weights in the same place are another model;
+        its name: the absolute path of a folder, or ``REPOSITORY@COMMIT``;
+        its files: the commit, or for a folder a hash of its texts and of the names, sizes and times of its weights, so
+        that other weights in the same place are another model;
         the folder with its config.json.
 
-    Raises `AHNError` if there is no such model.
+    Raises:
+        AHNError: there is no such model.
     """
     repository, revision = split_revision(name)
     folder = local_folder(repository, revision, weights=False)
-    if Path(repository).is_dir():
-        path = Path(repository).resolve()
-        return str(path), _hash_files(path), folder
-    return f"{repository}@{folder.name}", folder.name, folder
-
-
-def _hash_files(folder: Path) -> str:
+    if not Path(repository).is_dir():
+        return f"{repository}@{folder.name}", folder.name, folder
+    path = Path(repository).resolve()
     hashed = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _READ_WHOLE:
-            hashed.update(f"{path.name}\n".encode() + path.read_bytes())
-        elif path.suffix in _WEIGHTS:
-            status = path.stat()
-            hashed.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return hashed.hexdigest()
+    for file in sorted(path.iterdir()):
+        if file.suffix in _TEXTS:
+            hashed.update(f"{file.name}\n".encode() + file.read_bytes())
+        elif file.suffix in _WEIGHTS:
+            status = file.stat()
+            hashed.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return str(path), hashed.hexdigest(), folder

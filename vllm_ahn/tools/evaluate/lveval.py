@@ -1,26 +1,21 @@
 """LV-Eval (arXiv 2402.05136): questions about long mixed texts, in five lengths, English and Chinese.
 
-Templates, word lists, thresholds and which rule scores which set are the benchmark's own definition: with other ones
-figures would not compare. As the paper did, the first answer of a question is scored, the prompt of a 128k set is cut
-in the middle to 256,000 tokens (a set's length counts English words or Chinese characters), and to twice their nominal
-length that of the others. Prompts are plain text unless the metadata says ``chat_template``.
+Templates, word lists, thresholds and which rule scores which set are the benchmark's own: with others the figures would
+not compare. As in the paper, an answer is scored against the first right one, and the prompt of a 128k set is cut
+in the middle to 256,000 tokens (a set's length counts English words or Chinese characters); the other lengths are cut
+to twice their nominal length. Prompts are plain text unless the metadata says ``chat_template``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate import scoring
 from vllm_ahn.tools.evaluate.data import DataFile
 from vllm_ahn.tools.evaluate.documents import QuestionSet, load_documents
-from vllm_ahn.tools.evaluate.suites import LVEVAL_LENGTHS
 
-REPOSITORY = "Infinigence/LVEval"
-MAX_PROMPT_TOKENS = {length: 2000 * int(length.removesuffix("k")) for length in LVEVAL_LENGTHS}
-"""The longest prompt of each length, tokens."""
+LENGTHS = ("16k", "32k", "64k", "128k", "256k")
 
 _BLACKLIST_EN = """
 about and are as at be because being but by does for from had has have he her his in is it of on or she that their they
@@ -31,13 +26,12 @@ _BLACKLIST_ZH = """
 通过 首先 对 然后 号 以 所 后 丁 包括 无 将 用 能 形 方面 因素 位于 而 从 到 一定 用于 但 使用 让 具有 并 亿元 万元
 上 类 基于 才 来 地 片 其他 个 或者 变得 时 给 你 使 条 受 已经 带 度
 """
-BLACKLIST_EN = frozenset(_BLACKLIST_EN.split())
-BLACKLIST_ZH = frozenset(_BLACKLIST_ZH.split())
-"""Words that say nothing about an answer being right."""
+BLACKLIST_EN, BLACKLIST_ZH = frozenset(_BLACKLIST_EN.split()), frozenset(_BLACKLIST_ZH.split())
+"""Words that do not show that an answer is right."""
 
 KEYWORD_RECALL_EN = 0.2
 KEYWORD_RECALL_ZH = 0.4
-"""An answer that has a smaller share of the keywords scores 0."""
+"""An answer with a smaller share of the keywords scores 0."""
 
 _ONE_PASSAGE_EN = (
     "Please answer the following question based on the {given} passages. Questions and answers are only relevant to "
@@ -82,34 +76,24 @@ _FIELDS_ZH = _chinese(
 
 
 def keywords_f1_en(prediction: str, answer: str, keywords: str) -> float:
-    """F1 over words; 0 if fewer than `KEYWORD_RECALL_EN` of the keywords are in the prediction."""
-    words = scoring.english_words(prediction)
-    if not _has_keywords(words, scoring.english_words(keywords), BLACKLIST_EN, KEYWORD_RECALL_EN):
-        return 0.0
-    return scoring.f1(words, scoring.english_words(answer))
+    """Return F1 over words, 0 if the prediction has fewer than `KEYWORD_RECALL_EN` of the keywords."""
+    words, wanted = scoring.english_words(prediction), scoring.english_words(keywords)
+    found = not wanted or scoring.keyword_recall(words, wanted, BLACKLIST_EN) >= KEYWORD_RECALL_EN
+    return scoring.f1(words, scoring.english_words(answer)) if found else 0.0
 
 
 def keywords_f1_zh(prediction: str, answer: str, keywords: str) -> float:
-    """F1 over words; 0 if fewer than `KEYWORD_RECALL_ZH` of the keywords are in the prediction. Without keywords
-    they are all the words of the answer."""
-    words = scoring.chinese_words(prediction)
-    if not _has_keywords(words, scoring.chinese_words(keywords or answer), BLACKLIST_ZH, KEYWORD_RECALL_ZH):
-        return 0.0
-    return scoring.f1(words, scoring.chinese_words(answer))
+    """Return F1 over words, 0 if the prediction has fewer than `KEYWORD_RECALL_ZH` of the keywords.
 
-
-def f1_en(prediction: str, answer: str, keywords: str) -> float:
-    """F1 over words; the keywords are not looked at."""
-    return scoring.f1(scoring.english_words(prediction), scoring.english_words(answer))
-
-
-def f1_zh(prediction: str, answer: str, keywords: str) -> float:
-    """F1 over words; the keywords are not looked at."""
-    return scoring.f1(scoring.chinese_words(prediction), scoring.chinese_words(answer))
+    Without keywords, all words of the answer are keywords.
+    """
+    words, wanted = scoring.chinese_words(prediction), scoring.chinese_words(keywords or answer)
+    found = not wanted or scoring.keyword_recall(words, wanted, BLACKLIST_ZH) >= KEYWORD_RECALL_ZH
+    return scoring.f1(words, scoring.chinese_words(answer)) if found else 0.0
 
 
 def rouge_zh(prediction: str, answer: str, keywords: str) -> float:
-    """ROUGE-L over the words that are not in the blacklist; the keywords are not looked at."""
+    """Return ROUGE-L over the words outside the blacklist, whatever the keywords."""
     texts = (
         " ".join(word for word in scoring.chinese_words(text) if word not in BLACKLIST_ZH)
         for text in (prediction, answer)
@@ -117,71 +101,40 @@ def rouge_zh(prediction: str, answer: str, keywords: str) -> float:
     return scoring.rouge_l(*texts)
 
 
-def _has_keywords(words: Sequence[str], keywords: Sequence[str], blacklist: frozenset[str], least: float) -> bool:
-    return not keywords or scoring.keyword_recall(words, keywords, blacklist) >= least
-
-
-@dataclasses.dataclass(frozen=True)
-class LVEvalSet:
-    """What is common to all lengths of a set."""
-
-    template: str
-    score: Callable[[str, str, str], float]
-    """Of a prediction, the right answer and its keywords (none: empty), 0 to 1."""
-
+_RULES: dict[str, tuple[str, Callable[[str, str, str], float]]] = {
+    "cmrc_mixup": (_ARTICLE_ZH, keywords_f1_zh),
+    "dureader_mixup": (_ARTICLE_ZH, rouge_zh),
+    "factrecall_en": (_FACTS_EN, lambda prediction, answer, keywords: scoring.english_f1(prediction, answer)),
+    "factrecall_zh": (_FACTS_ZH, lambda prediction, answer, keywords: scoring.chinese_f1(prediction, answer)),
+    "hotpotwikiqa_mixup": (_PASSAGES_EN, keywords_f1_en),
+    "lic_mixup": (_LIC_ZH, keywords_f1_zh),
+    "loogle_CR_mixup": (_PASSAGE_EN, keywords_f1_en),
+    "loogle_MIR_mixup": (_PASSAGE_EN, keywords_f1_en),
+    "loogle_SD_mixup": (_PASSAGE_EN, keywords_f1_en),
+    "multifieldqa_en_mixup": (_PASSAGE_EN, keywords_f1_en),
+    "multifieldqa_zh_mixup": (_FIELDS_ZH, keywords_f1_zh),
+}
 
 SETS = {
-    "cmrc_mixup": LVEvalSet(_ARTICLE_ZH, keywords_f1_zh),
-    "dureader_mixup": LVEvalSet(_ARTICLE_ZH, rouge_zh),
-    "factrecall_en": LVEvalSet(_FACTS_EN, f1_en),
-    "factrecall_zh": LVEvalSet(_FACTS_ZH, f1_zh),
-    "hotpotwikiqa_mixup": LVEvalSet(_PASSAGES_EN, keywords_f1_en),
-    "lic_mixup": LVEvalSet(_LIC_ZH, keywords_f1_zh),
-    "loogle_CR_mixup": LVEvalSet(_PASSAGE_EN, keywords_f1_en),
-    "loogle_MIR_mixup": LVEvalSet(_PASSAGE_EN, keywords_f1_en),
-    "loogle_SD_mixup": LVEvalSet(_PASSAGE_EN, keywords_f1_en),
-    "multifieldqa_en_mixup": LVEvalSet(_PASSAGE_EN, keywords_f1_en),
-    "multifieldqa_zh_mixup": LVEvalSet(_FIELDS_ZH, keywords_f1_zh),
+    f"{name}_{length}": QuestionSet(
+        group=f"ahn_lveval_{length}",
+        file=DataFile("Infinigence/LVEval", f"{name}/{name}_{length}.jsonl", f"{name}.zip"),
+        template=template,
+        score=score,
+        max_prompt_tokens=2000 * int(length.removesuffix("k")),
+        max_answer_tokens=16 if name.startswith("factrecall") else 64,
+        cut="middle",
+    )
+    for length in LENGTHS
+    for name, (template, score) in _RULES.items()
 }
 
 
-def split_subset(subset: str) -> tuple[str, str]:
-    """``"cmrc_mixup_128k"`` -> ``("cmrc_mixup", "128k")``; raises `AHNError` for what is no set and length."""
-    name, _, length = subset.rpartition("_")
-    if name not in SETS or length not in LVEVAL_LENGTHS:
-        raise AHNError(
-            f"LV-Eval: subset is {subset!r}, expected one of {', '.join(SETS)}, then _ and one of "
-            f"{', '.join(LVEVAL_LENGTHS)}"
-        )
-    return name, length
-
-
-def data_file(subset: str) -> DataFile:
-    """Where `subset` lies; raises `AHNError` for an unknown one."""
-    name, _ = split_subset(subset)
-    return DataFile(REPOSITORY, f"{name}/{subset}.jsonl", f"{name}.zip")
-
-
 def load(subset: str, **metadata: Any) -> dict[str, Any]:
-    """The documents of `subset`, such as ``cmrc_mixup_128k``, as the split ``test``; for lm-eval's
-    ``custom_dataset``. Raises `AHNError`."""
-    name, length = split_subset(subset)
-    questions = QuestionSet(
-        data_file(subset),
-        SETS[name].template,
-        max_prompt_tokens=MAX_PROMPT_TOKENS[length],
-        cut="middle",
-    )
-    return load_documents(questions, metadata, lambda record: {"subset": subset, "keywords": _keywords(record)})
+    """Load the documents of `subset` (`load_documents`)."""
+    return load_documents(SETS, subset, metadata)
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """``score``, 0 to 1, of what the model answered; for lm-eval."""
-    name, _ = split_subset(doc["subset"])
-    return {"score": SETS[name].score(results[0], doc["answers"][0], doc["keywords"])}
-
-
-def _keywords(record: Mapping[str, Any]) -> str:
-    # Sets without keywords lack the field or have nothing in it.
-    keywords = record.get("answer_keywords") or ""
-    return keywords if isinstance(keywords, str) else " ".join(keywords)
+    """Return ``score``, 0 to 1, of the model's answer against the first right one; for lm-eval."""
+    return {"score": SETS[doc["subset"]].score(results[0], doc["answers"][0], doc["keywords"])}

@@ -1,33 +1,30 @@
-"""How an answer is compared with the right one: words of English and Chinese, F1, recall of key words, ROUGE-L.
+"""How an answer is compared with the right one: words of English and Chinese, F1, recall of keywords, ROUGE-L.
 
-The rules are those of LongBench, which LV-Eval shares; what a benchmark makes of them is in its own module.
+The rules are LongBench's, which LV-Eval shares; which set uses which is in the benchmark's own module. lm-eval has its
+own copy of them, but scores 0 by ROUGE-L where ``rouge`` recurses too deep, and needs a package more.
 
 **ROUGE-L** is that of the package ``rouge``, since the benchmarks' figures were made with it, and it is not the usual
 one: it splits a text into sentences at every full stop, compares sets of words and not sequences (a repeated word
-counts once), and does not lower or stem anything. ``rouge_score``, which is better kept, gives other figures and drops
-all that is not Latin. Two things in ``rouge`` need care: it fails on a text without words, which is a score of 0 here,
-and it recurses once for every word, which is given the depth that it takes.
+counts once), and neither lowers nor stems. ``rouge_score``, which is better maintained, gives other figures and drops
+all that is not Latin. Two things in ``rouge`` need care: it fails on a text without words, which scores 0 here, and it
+recurses once for every word, for which the recursion limit is raised.
 
 **Chinese words** are those of ``jieba`` with its own dictionary, as in the benchmarks.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
 import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from vllm_ahn.tools.evaluate.packages import require
 
 _ENGLISH_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-
 _FULL_WIDTH = "".join(chr(ord(sign) + 0xFEE0) for sign in string.punctuation if sign != ".")
 _CHINESE_SIGNS = (
     "。｡｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"  # the benchmark's: 《 and · stay
@@ -36,23 +33,25 @@ _CHINESE_PUNCTUATION = str.maketrans("", "", string.punctuation + _FULL_WIDTH + 
 
 
 def english_words(text: str) -> list[str]:
-    """The words of `text`: lower case, without punctuation and then without articles."""
+    """Return the words of `text`: lower case, without punctuation and then without articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_ENGLISH_PUNCTUATION)).split()
 
 
 def chinese_words(text: str) -> list[str]:
-    """The words of `text` as `segment` finds them, then in lower case and without punctuation and white space."""
+    """Return the words of `text` as `segment` finds them, then in lower case, without punctuation and white space."""
     words = ("".join(word.lower().translate(_CHINESE_PUNCTUATION).split()) for word in segment(text))
     return [word for word in words if word]
 
 
 def segment(text: str) -> list[str]:
-    """`text` cut into words by jieba, with nothing removed. Raises `AHNError` if jieba is not installed."""
-    return list(_jieba().cut(text, cut_all=False))
+    """Cut `text` into words with jieba, removing nothing. Raises `AHNError` if jieba is not installed."""
+    jieba = require("jieba", "scoring Chinese answers")
+    jieba.setLogLevel(logging.WARNING)  # it reports on stderr how long its dictionary took
+    return list(jieba.cut(text, cut_all=False))
 
 
 def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    """The harmonic mean of precision and recall over words, each as often as it occurs in both; 0 if none does."""
+    """Return the harmonic mean of precision and recall over words, each counted as often as both texts have it."""
     same = sum((Counter(prediction) & Counter(answer)).values())
     if not same:
         return 0.0
@@ -60,49 +59,41 @@ def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def keyword_recall(prediction: Sequence[str], keywords: Sequence[str], blacklist: Collection[str]) -> float:
-    """The share of `keywords`, at least one, that is in `prediction`.
+def english_f1(prediction: str, answer: str) -> float:
+    """Return `f1` over the English words of two texts."""
+    return f1(english_words(prediction), english_words(answer))
 
-    Words of `blacklist` are never found, but they do count among the keywords.
+
+def chinese_f1(prediction: str, answer: str) -> float:
+    """Return `f1` over the Chinese words of two texts."""
+    return f1(chinese_words(prediction), chinese_words(answer))
+
+
+def keyword_recall(prediction: Sequence[str], keywords: Sequence[str], blacklist: Collection[str]) -> float:
+    """Return the share of `keywords`, at least one, that is in `prediction`.
+
+    Words of `blacklist` are never found, but do count among the keywords.
     """
     common = Counter(prediction) & Counter(keywords)
     return sum(count for word, count in common.items() if word not in blacklist) / len(keywords)
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """ROUGE-L, the F measure, of two texts of words between white space; 0 if one has none.
+    """Return ROUGE-L (F measure) of two texts of words between white space; 0 if one has none.
 
     Raises `AHNError` if the package ``rouge`` is not installed.
     """
-    rouge = _rouge()
+    rouge = require("rouge", "scoring by ROUGE-L").Rouge(metrics=["rouge-l"])
     if not all(any(sentence.split() for sentence in text.split(".")) for text in (prediction, answer)):
         return 0.0
-    with _recursion(len(prediction.split()) + len(answer.split())):
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + len(prediction.split()) + len(answer.split()))
+    try:
         return float(rouge.get_scores(prediction, answer)[0]["rouge-l"]["f"])
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def chinese_rouge_l(prediction: str, answer: str) -> float:
-    """`rouge_l` of two texts that are first cut into words with `segment`."""
+    """Return `rouge_l` of two texts after cutting them into words with `segment`."""
     return rouge_l(" ".join(segment(prediction)), " ".join(segment(answer)))
-
-
-@functools.cache
-def _jieba() -> Any:
-    jieba = require("jieba", "scoring Chinese answers")
-    jieba.setLogLevel(logging.WARNING)  # it reports on stderr how long its dictionary took
-    return jieba
-
-
-@functools.cache
-def _rouge() -> Any:
-    return require("rouge", "scoring by ROUGE-L").Rouge(metrics=["rouge-l"])
-
-
-@contextlib.contextmanager
-def _recursion(depth: int) -> Iterator[None]:
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + depth)
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(limit)

@@ -1,0 +1,110 @@
+"""``vllm-ahn tasks``: the evaluation tasks as files for lm-eval's ``--include_path``.
+
+lm-eval finds a task by its name only if the task has a YAML file of its own. So one is written for every set of
+`BENCHMARKS`, and one for every group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_ahn.errors import AHNError
+from vllm_ahn.tools.evaluate import infinitebench, longbench, lveval
+from vllm_ahn.tools.evaluate.documents import QuestionSet
+
+BENCHMARKS = {"lveval": lveval, "infinitebench": infinitebench, "longbench": longbench}
+
+RULER_GROUP = "ahn_ruler_niah_128k"
+_NEEDLES = ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multiquery", "multivalue")
+NIAH_TASKS = tuple(f"niah_{name}" for name in _NEEDLES)
+"""lm-eval's own tasks for RULER's needles."""
+
+_TASK = """\
+task: {task}
+custom_dataset: !function {module}.load
+dataset_kwargs: {{subset: {subset}}}
+test_split: test
+output_type: generate_until
+doc_to_text: !function vllm_ahn.tools.evaluate.prompts.doc_to_text
+doc_to_target: "{{{{answers[0]}}}}"
+process_results: !function {module}.process_results
+num_fewshot: 0
+fewshot_config: {{samples: []}}
+generation_kwargs: {{until: [], do_sample: false, temperature: 0.0, max_gen_toks: {max_answer_tokens}}}
+metric_list: [{{metric: score, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: the command has no arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the folder and return 0."""
+    print(tasks_folder())
+    return 0
+
+
+def sets_of(group: str) -> dict[str, QuestionSet]:
+    """Return the sets of one of our groups by the name of their task."""
+    return {
+        f"ahn_{benchmark}_{name}": questions
+        for benchmark, module in BENCHMARKS.items()
+        for name, questions in module.SETS.items()
+        if questions.group == group
+    }
+
+
+def niah_group(name: str, length: int) -> dict[str, Any]:
+    """Return a group of RULER's needles in `length` tokens, question and answer included; so is its metric called."""
+    metadata = {"version": 1.0, "max_seq_lengths": [length]}
+    return _group(name, [{"task": task, "metadata": metadata} for task in NIAH_TASKS], metric=str(length))
+
+
+def task_files() -> dict[str, str]:
+    """Return the text of every task's and group's file by file name."""
+    files, groups = {}, {RULER_GROUP: niah_group(RULER_GROUP, 131_072)}
+    for benchmark, module in BENCHMARKS.items():
+        for subset, questions in module.SETS.items():
+            files[f"ahn_{benchmark}_{subset}"] = _TASK.format(
+                task=f"ahn_{benchmark}_{subset}",
+                module=module.__name__,
+                subset=subset,
+                max_answer_tokens=questions.max_answer_tokens,
+            )
+            groups[questions.group] = _group(questions.group, list(sets_of(questions.group)))
+    files |= {group: json.dumps(content, indent=1) for group, content in groups.items()}
+    return {f"{name}.yaml": text for name, text in files.items()}
+
+
+def tasks_folder() -> Path:
+    """Write `task_files` where they are missing below the user's cache folder, and return their folder.
+
+    Raises:
+        AHNError: the folder cannot be written.
+    """
+    files = task_files()
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-ahn" / f"tasks-{digest}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            if not (folder / name).exists():
+                unfinished = folder / f"{name}.{os.getpid()}"
+                unfinished.write_text(text, encoding="utf-8")
+                unfinished.replace(folder / name)
+    except OSError as error:
+        raise AHNError(f"{folder}: {error.strerror}, expected a cache folder (set XDG_CACHE_HOME)") from None
+    return folder
+
+
+def _group(name: str, tasks: Sequence[Any], metric: str = "score") -> dict[str, Any]:
+    aggregate = [{"metric": metric, "weight_by_size": False}]
+    return {"group": name, "task": tasks, "aggregate_metric_list": aggregate, "metadata": {"version": 1.0}}
