@@ -15,8 +15,7 @@ from vllm_ahn.memory.spec import MEMORIES
 
 
 def read_config(folder: pathlib.Path, label: str) -> dict[str, Any]:
-    """The ``config.json`` in `folder`. Raises `AHNError`, with `label` for the folder, if there is none to be
-    read."""
+    """Read the ``config.json`` in `folder`. Raises `AHNError`, with `label` for the folder, if it cannot be read."""
     path = folder / "config.json"
     if not path.exists():
         raise AHNError(f"{label}: no config.json in it, expected the folder or repository of a checkpoint")
@@ -24,7 +23,7 @@ def read_config(folder: pathlib.Path, label: str) -> dict[str, Any]:
 
 
 def read_config_file(path: pathlib.Path, label: str) -> dict[str, Any]:
-    """The configuration in the file `path`. Raises `AHNError`, with `label` for the file, if it is none."""
+    """Read the configuration in the file `path`. Raises `AHNError`, with `label` for the file, if it is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -35,8 +34,9 @@ def read_config_file(path: pathlib.Path, label: str) -> dict[str, Any]:
 
 
 def read_memory(config: Mapping[str, Any], label: str) -> str:
-    """``_ahn_implementation``, one of `MEMORIES`. Raises `AHNError` for any other and for a layer of another
-    model.
+    """Read ``_ahn_implementation``, one of `MEMORIES`.
+
+    Raises `AHNError` for any other, and where ``_layer_implementation`` is of another base.
 
     ``sliding_window``, ``num_attn_sinks`` and ``dy_*`` are what a checkpoint was trained with, and
     ``sliding_window`` a leftover even of that (256 in the published ones): nobody serves with these, so
@@ -63,8 +63,7 @@ def read_memory(config: Mapping[str, Any], label: str) -> str:
 
 
 def read_options(config: Mapping[str, Any], shape: BaseShape, label: str) -> AHNOptions:
-    """``use_q_proj``, ``use_ahn_router`` and ``fa_layer_ids``, each off if absent. Raises `AHNError` for what
-    is none."""
+    """Read ``use_q_proj``, ``use_ahn_router`` and ``fa_layer_ids``, each off if absent; `AHNError` for what is none."""
     flags = {}
     for key in ("use_q_proj", "use_ahn_router"):
         value = config.get(key)

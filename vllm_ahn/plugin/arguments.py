@@ -61,7 +61,7 @@ def add_flags(parser: Any) -> None:
         description="Artificial Hippocampus Networks, a memory of fixed size beyond a window of exact "
         "attention: --ahn CKPT, --ahn-window N, --ahn-sinks N.",
     )
-    # No type=int for the lengths: what is not a number is answered like any other bad input, by one sentence.
+    # No type=int for the lengths: what is not a number gets a one-sentence error like any other bad input.
     # No default either: an absent flag is an absent attribute, and the help says what that means.
     flags = {
         "--ahn": (
