@@ -35,10 +35,10 @@ stretch
     The tokens that one request absorbs in one step.
 chunk
     The tokens that a chunk-parallel recurrence treats at once. It begins anew with every stretch.
-row
-    Queries of one request that share a compacted block table, in `tables` only.
+span
+    Consecutive queries of one request that share a block table, in `tables`.
 memory
-    A row of the table in :mod:`vllm_ahn.memory.spec`: kernels know flags, no names.
+    An entry of the table in :mod:`vllm_ahn.memory.spec`: kernels know flags, no names.
 """
 
 from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages

@@ -19,7 +19,7 @@ TILE_ELEMENTS = 4096
 """Elements of a state that one program updates: few enough for registers, enough to keep memory busy."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _decode_reads_kernel(query_start_loc, seq_lens, reads, num_requests, capacity, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = request < num_requests

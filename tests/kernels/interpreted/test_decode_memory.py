@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.paged_case import PagedCase, Shape, decay_and_rate, poisoned, random_gates
+from support.paged_case import PagedCase, Shape, WithoutDelta, decay_and_rate, poisoned, random_gates
 from vllm_ahn.kernels import l2_normalize, recurrent_step
 from vllm_ahn.kernels.decode import decode_memory, decode_reads
 from vllm_ahn.memory.spec import MEMORIES
@@ -25,11 +25,12 @@ def fresh_inputs() -> None:
 
 
 def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: int) -> None:
-    """A batch of decodes past the window, entering the memory and inside the window, chunks, and padding."""
+    """A batch of decodes past the window, entering the memory and inside the window, chunks, and padding.
+
+    Six requests are one of each; of more, the others are anything.
+    """
     capacity = window + sinks
-    kinds = torch.randint(6, (num_requests,)).tolist()
-    if num_requests > 2:
-        kinds[:3] = [0, 1, 2]
+    kinds = [*range(6), *torch.randint(6, (num_requests,)).tolist()][:num_requests]
     lengths = {
         0: lambda: capacity + 2 + int(torch.randint(40, ())),  # past
         1: lambda: capacity + 1,  # entering: t = W + S
@@ -55,7 +56,7 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
         k, v = torch.randn(2, shape.kv_heads, shape.head_size).to(shape.dtype)
         gates = random_gates(shape).to(shape.dtype)
         state = torch.randn(shape.heads, shape.head_size, shape.head_size).to(shape.state_dtype).float()
-        case.put_token(i, int(seq_lens[i]) - 1 - window, k, v, gates)
+        case.put_tokens(case.slots(i, seq_lens[i : i + 1] - 1 - window), k[None], v[None], gates[None])
         if kinds[i] == 0:
             case.put_state(i, state)
         else:
@@ -98,7 +99,7 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
             g[None],
             b[None],
             shape.scale,
-            shape.memory != "Mamba2",
+            shape.delta,
             state[None],
         )
         torch.testing.assert_close(o[i].double(), wanted[0], rtol=2e-5, atol=2e-5)
@@ -114,44 +115,45 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
 def test_decode_memory_equals_recurrent_step(case: tuple, memory: str) -> None:
     window, sinks, block_size, heads, kv_heads, head_size, dtype = case
     shape = Shape(heads, kv_heads, head_size, block_size, memory, dtype)
-    for num_requests in (1, 3, 7):
+    for num_requests in (1, 6):
         check(shape, window, sinks, num_requests)
 
 
-@pytest.mark.parametrize("memory", NAMES)
-def test_decode_memory_of_many_requests(memory: str) -> None:
-    shape = Shape(3, 1, 64, 16, memory, torch.bfloat16)
-    for num_requests in (16, 33):
-        check(shape, 9, 2, num_requests)
+def test_decode_memory_of_many_requests() -> None:
+    check(Shape(3, 1, 64, 16, "GatedDeltaNet", torch.bfloat16), 9, 2, 33)
 
 
-@pytest.mark.parametrize("memory", NAMES)
-def test_decode_memory_with_other_tiles(memory: str) -> None:
-    """Tiles narrower and wider than a page's columns."""
-    shape = Shape(4, 2, 64, 16, memory, torch.bfloat16)
-    for block_v in (4, 8, 64):
-        check(shape, 12, 5, 4, block_v=block_v, num_warps=2)
+@pytest.mark.parametrize("block_v, memory", zip((4, 16, 64), NAMES, strict=True))
+def test_decode_memory_with_other_tiles(block_v: int, memory: str) -> None:
+    """Tiles narrower and wider than the 33 or 32 columns of a page, some of which lie in two."""
+    check(Shape(2, 1, 64, 32, memory, torch.bfloat16), 12, 5, 2, block_v=block_v, num_warps=2)
+
+
+def test_decode_memory_follows_flags() -> None:
+    check(WithoutDelta(4, 2, 64, 16, "GatedDeltaNet"), 12, 5, 2)
 
 
 def test_decode_memory_with_a_bfloat16_state() -> None:
     for memory in NAMES:
-        check(Shape(4, 2, 80, 16, memory, torch.bfloat16, torch.bfloat16), 12, 5, 5)
+        check(Shape(2, 1, 80, 16, memory, torch.bfloat16, torch.bfloat16), 12, 5, 2)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "memories, state_dtype", [(NAMES, torch.float32), (("GatedDeltaNet",), torch.bfloat16)], ids=["float32", "bfloat16"]
+)
+def test_decode_memory_step_by_step_equals_recurrent_step(memories: tuple[str, ...], state_dtype: torch.dtype) -> None:
     """A request that starts at ``W + S`` on pages of NaN and goes on; the state is rounded after each step."""
-    window, sinks, steps = 6, 2, 12
-    for memory in NAMES:
-        shape = Shape(4, 2, 64, 16, memory, state_dtype=state_dtype)
+    window, sinks, steps = 6, 12, 8  # what is absorbed lies in two blocks
+    for memory in memories:
+        shape = Shape(2, 1, 64, 16, memory, state_dtype=state_dtype)
         case = PagedCase(shape, 1, window + sinks + steps)
         A_log = torch.randn(shape.heads)
         state = torch.zeros(1, shape.heads, shape.head_size, shape.head_size, dtype=torch.float64)
         for t in range(window + sinks, window + sinks + steps):
             q = torch.randn(1, shape.heads, shape.head_size)
-            k, v = torch.randn(2, shape.kv_heads, shape.head_size)
-            gates = random_gates(shape)
-            case.put_token(0, t - window, k, v, gates)
+            k, v = torch.randn(2, 1, shape.kv_heads, shape.head_size)
+            gates = random_gates(shape, 1)
+            case.put_tokens(case.slots(0, torch.tensor([t - window])), k, v, gates)
             o = poisoned(1, shape.heads, shape.head_size)
             decode_memory(
                 q,
@@ -171,12 +173,12 @@ def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dty
             g, b = decay_and_rate(shape, gates, A_log)
             wanted, state = recurrent_step(
                 l2_normalize(q),
-                l2_normalize(k)[None],
-                v[None],
-                g[None],
-                b[None],
+                l2_normalize(k),
+                v,
+                g,
+                b,
                 shape.scale,
-                memory != "Mamba2",
+                shape.delta,
                 state,
             )
             state = state.to(state_dtype).double()
