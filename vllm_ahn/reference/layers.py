@@ -68,8 +68,8 @@ def window_attention(
     sinks = min(sinks, total)
     if start == 0 and window == total:
         return _attend(q, k, v, None)
-    least, most = QUERY_BLOCKS
-    block = min(max(window + sinks, least), most)
+    min_block, max_block = QUERY_BLOCKS
+    block = min(max(window + sinks, min_block), max_block)
     outputs = []
     for first in range(0, length, block):
         last = min(length, first + block)

@@ -31,7 +31,7 @@ def spread(ends: Sequence[tuple[float, str, str]], gap: float) -> list[tuple[flo
 
     Args:
         ends: last value, label and colour of each curve.
-        gap: the least distance of two labels, in the unit of the values.
+        gap: the min distance of two labels, in the unit of the values.
 
     Returns:
         The height of each label, and its entry of `ends`.

@@ -17,7 +17,7 @@ from vllm_ahn.tools.cost.report import FULL_ROW, Question, row_name
 _CACHE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _FLOPS_UNITS = (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9))
 _POINTS = 128
-"""Lengths at which a curve is computed, at least."""
+"""Min number of lengths at which a curve is computed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,8 +104,8 @@ def _vllm_notes(settings: dict[str, Any]) -> list[str]:
     return [
         f"{settings['dtype']}, blocks of {settings['block_size']} tokens, "
         f"{steps}{settings['max_num_batched_tokens']:,} tokens in flight{each}",
-        "held: by a sequence that decodes at this length; fit: as many such at a time in this much cache",
-        'reserved: its most, in its prefill, chunks in flight included; vLLM says: its "Maximum concurrency" by that',
+        "held: by a sequence that decodes at this length; fit: how many of these such a cache holds at a time",
+        'reserved: its maximum, during prefill, chunks in flight included; vLLM says: its "Maximum concurrency"',
     ]
 
 
@@ -123,8 +123,8 @@ def _sizes_and_shares(row: dict[str, Any], full: dict[str, Any], columns: dict[s
 
 
 def _flops_unit(rows: Sequence[dict[str, Any]]) -> tuple[str, int]:
-    most = rows[0]["mixing_flops"]
-    return next((unit for unit in _FLOPS if most >= unit[1] // 10), _FLOPS[-1])
+    flops = rows[0]["mixing_flops"]
+    return next((unit for unit in _FLOPS if flops >= unit[1] // 10), _FLOPS[-1])
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
