@@ -124,7 +124,7 @@ def count_parameters(memory: str, shape: BaseShape, options: Options = PUBLISHED
 
 
 def state_bytes(shape: BaseShape, options: Options = PUBLISHED_OPTIONS, element_bytes: int = 4) -> int:
-    """Return the bytes of one sequence's compressed memory: one state [H, D, D] a layer that has an AHN, float32 by default."""
+    """Return the bytes of one sequence's state: [H, D, D] a layer that has an AHN, float32 by default."""
     layers = shape.num_hidden_layers - len(options.full_attention_layers)
     return layers * shape.num_attention_heads * shape.head_dim**2 * element_bytes
 
