@@ -109,7 +109,7 @@ def test_programs(session: Path) -> None:
     """Programs of the repository take the arguments that pages give them."""
     lines = programs(BLOCKS)
     assert len(lines) >= 6
-    problems = parse_programs([*lines, ["examples/offline.py", "--no-such-flag"]])
+    problems = parse_programs([*lines, ["examples/offline.py", "BASE", "CKPT", "--no-such-flag"]])
     assert problems[:-1] == [None] * len(lines)
     assert problems[-1] is not None and "--no-such-flag" in problems[-1]
 
