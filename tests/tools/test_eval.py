@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from support.evaluating import FLAGS, InProcess, kept_keys, write_all_data
 from support.servers import end, environment, program, run
@@ -20,7 +21,7 @@ from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.cli import main
 from vllm_ahn.tools.evaluate import runner
 from vllm_ahn.tools.evaluate.answers import Answers
-from vllm_ahn.tools.evaluate.base import pinned
+from vllm_ahn.tools.evaluate.methods import pinned
 from vllm_ahn.tools.evaluate.plan import Setting
 from vllm_ahn.tools.evaluate.suites import SUITES
 from vllm_ahn.tools.evaluate.tasks import NIAH_TASKS
@@ -245,7 +246,7 @@ def test_other_weights_in_the_same_place_are_another_model(tmp_path: Path) -> No
 
 
 def test_only_one_at_a_time(tmp_path: Path) -> None:
-    with runner._only_one(tmp_path), pytest.raises(AHNError, match="another evaluation is at work in"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(AHNError, match="another evaluation is at work in"):
         runner.run_plan([], tmp_path)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_ahn.tools.evaluate import markdown
-from vllm_ahn.tools.evaluate.base import Base
-from vllm_ahn.tools.evaluate.methods import Method
+from vllm_ahn.tools.evaluate.methods import Base, Method
 from vllm_ahn.tools.evaluate.plan import Row, Setting
 from vllm_ahn.tools.evaluate.progress import Progress
 from vllm_ahn.tools.evaluate.report import build_report, failed

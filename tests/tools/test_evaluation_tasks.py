@@ -24,12 +24,12 @@ from support.evaluation_data import (
 )
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.cli import main
-from vllm_ahn.tools.evaluate.lveval import LENGTHS
 from vllm_ahn.tools.evaluate.prompts import load_tokenizer
 from vllm_ahn.tools.evaluate.suites import METHODS, MODELS, SUITES, Suite, find_suite
 from vllm_ahn.tools.evaluate.tasks import NIAH_TASKS, tasks_folder
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
+LENGTHS = ("16k", "32k", "64k", "128k", "256k")
 LIMIT = 700
 """Tokens of a prompt in the runs here: without the limit they have more than a thousand."""
 

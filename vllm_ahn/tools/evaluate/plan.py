@@ -12,9 +12,8 @@ from typing import Any
 from vllm_ahn import __version__
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate import perplexity, texts
-from vllm_ahn.tools.evaluate.base import Base
 from vllm_ahn.tools.evaluate.data import data_root
-from vllm_ahn.tools.evaluate.methods import Method
+from vllm_ahn.tools.evaluate.methods import Base, Method
 from vllm_ahn.tools.evaluate.suites import Suite
 from vllm_ahn.tools.evaluate.tasks import RULER_GROUP, niah_group
 
@@ -146,7 +145,7 @@ class Row:
     @property
     def key(self) -> str:
         """A hash of the row and of the code that asks and scores: a row finished under it is not run again."""
-        code = [(path.name, path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
+        code = [(path.name, path.read_bytes()) for path in sorted(Path(__file__).parent.iterdir()) if path.is_file()]
         return hashlib.sha256(repr((self, versions(), code)).encode()).hexdigest()
 
 
