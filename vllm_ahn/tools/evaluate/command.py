@@ -49,13 +49,11 @@ def run(args: argparse.Namespace) -> int:
     settings = [make_setting(suite, max_model_len=longest, data=data, **lengths) for suite in suites]
     output = Path(args.output)
     report = flags.run(args, settings, args.model, given, output)
-    plots = {}
-    for suite in report["suites"]:
-        measured = [row for row in suite["rows"] if "perplexity" in row]
-        if measured:
-            plots[suite["name"]] = f"{suite['name']}.png"
-            capacity = suite["setting"]["window"] + suite["setting"]["sinks"]
-            plot.plot_positions(measured, capacity, suite["title"], output / plots[suite["name"]])
+    plots = {
+        suite["name"]: name
+        for suite in report["suites"]
+        if plot.plot_positions(suite, suite["title"], output / (name := f"{suite['name']}.png"))
+    }
     text = markdown.render(report, plots)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (output / "report.md").write_text(text, encoding="utf-8")

@@ -78,43 +78,36 @@ class Base:
         """Return the smallest whole factor by which YaRN must stretch the positions; None if they suffice."""
         return None if max_model_len <= self.positions else math.ceil(max_model_len / self.positions)
 
-    def unscaled(self, max_model_len: int) -> dict[str, Any]:
-        """Return vLLM's ``hf_overrides`` for true, unscaled positions up to `max_model_len` tokens.
+    def overrides(self, max_model_len: int, yarn: bool = False) -> dict[str, Any]:
+        """Return vLLM's ``hf_overrides`` for positions up to `max_model_len` tokens.
 
-        An AHN is served so, and the paper ran full attention so. Raises `AHNError` for more positions than a base has
-        that scales them itself.
+        They are true and unscaled, as an AHN is served and as the paper ran full attention, or stretched by YaRN.
+
+        Raises:
+            AHNError: the base scales its positions itself, and they do not suffice.
         """
-        if self.yarn_factor(max_model_len) is None:
-            return {}
-        self._rope()
-        return {"max_position_embeddings": max_model_len}
-
-    def yarn(self, max_model_len: int) -> dict[str, Any]:
-        """Return vLLM's ``hf_overrides`` for YaRN up to `max_model_len` tokens. Raises as `unscaled` does."""
         factor = self.yarn_factor(max_model_len)
         if factor is None:
             return {}
-        theta = self._rope().get("rope_theta", self.config.get("rope_theta"))
-        if not isinstance(theta, (int, float)):
-            raise AHNError(f"{self.name}: rope_theta is {theta!r} in its config.json, expected a number, for yarn")
-        rope = {"rope_type": "yarn", "rope_theta": theta, "factor": float(factor)}
-        return {
-            # With YaRN, vLLM and Transformers take this for the stretched length.
-            "max_position_embeddings": factor * self.positions,
-            "rope_parameters": {**rope, "original_max_position_embeddings": self.positions},
-        }
-
-    def _rope(self) -> Mapping[str, Any]:
-        """Return the config's rope parameters. Raises `AHNError` if they scale positions."""
         found = (self.config.get(name) for name in ("rope_parameters", "rope_scaling"))
         rope: Mapping[str, Any] = next((value for value in found if isinstance(value, Mapping)), {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise AHNError(
                 f"{self.name}: scales its positions itself (rope type {kind!r}) up to {self.positions} tokens, "
-                "expected --max-model-len of at most that"
+                f"expected --max-model-len of at most that instead of {max_model_len}"
             )
-        return rope
+        if not yarn:
+            return {"max_position_embeddings": max_model_len}
+        theta = rope.get("rope_theta", self.config.get("rope_theta"))
+        if not isinstance(theta, (int, float)):
+            raise AHNError(f"{self.name}: rope_theta is {theta!r} in its config.json, expected a number, for yarn")
+        stretched = {"rope_type": "yarn", "rope_theta": theta, "factor": float(factor)}
+        return {
+            # With YaRN, vLLM and Transformers take this for the stretched length.
+            "max_position_embeddings": factor * self.positions,
+            "rope_parameters": {**stretched, "original_max_position_embeddings": self.positions},
+        }
 
 
 def pinned(name: str) -> tuple[str, str, Path]:
@@ -168,7 +161,7 @@ class Method:
         return f"ahn-{readable}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}"
 
     def config(self, base: Base, window: int, sinks: int) -> AHNConfig | None:
-        """Return what is served, all of it checked against the base; None for full attention. Raises `AHNError`."""
+        """Return what is served, checked against the base; None for full attention. Raises `AHNError`."""
         if self.ahn is None:
             return None
         setting = {"checkpoint": self.ahn, "window": window, "sinks": sinks}

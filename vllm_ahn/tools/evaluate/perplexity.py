@@ -67,12 +67,12 @@ def measure(row: Row, answers: Answers, send: Callable[..., None]) -> dict[str, 
         llm,
         [(stretches[0].tokens, to_the_end)],
         answers,
-        lambda output: {"logprobs": _logprobs(output), "held": held, "block_bytes": block_bytes},
+        lambda output: {"logprobs": prompt_logprobs(output), "held": held, "block_bytes": block_bytes},
         answered,
         after_step,
     )
     others = [(stretch.tokens, params) for stretch in stretches[1:]]
-    rest = ask(llm, others, answers, lambda output: {"logprobs": _logprobs(output)}, answered)
+    rest = ask(llm, others, answers, lambda output: {"logprobs": prompt_logprobs(output)}, answered)
 
     measured = [(a["logprobs"], stretch.sizes) for a, stretch in zip([first, *rest], stretches, strict=True)]
     edge, end = min(setting.capacity + 1, setting.context), setting.context
@@ -150,6 +150,7 @@ def held_cache(llm: Any) -> tuple[int, Callable[[], tuple[int, int] | None]]:
     return block_bytes, read
 
 
-def _logprobs(output: Any) -> list[float]:
+def prompt_logprobs(output: Any) -> list[float]:
+    """Return the log-probability of every token of a prompt but the first, from a ``RequestOutput``."""
     entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     return [float(entry[token].logprob) for token, entry in entries]

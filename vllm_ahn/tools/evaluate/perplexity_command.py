@@ -70,10 +70,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{row['label']}: {why}")
     if args.json is not None:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    measured = [row for row in found["rows"] if row["status"] == "measured"]
-    if args.plot is not None and measured:
+    if args.plot is not None:
         title = f"{Path(report['base']['name']).name}, {', '.join(Path(name).name for name in args.text)}"
-        plot.plot_positions(measured, setting.capacity, title, Path(args.plot))
+        plot.plot_positions(found, title, Path(args.plot))
     if failed(report):
         return 1  # the logs stay
     if args.output is None:

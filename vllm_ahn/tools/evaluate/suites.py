@@ -10,7 +10,7 @@ from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate.benchmarks import SETS
 from vllm_ahn.tools.evaluate.data import DataFile
-from vllm_ahn.tools.evaluate.tasks import NIAH_TASKS, RULER_GROUP
+from vllm_ahn.tools.evaluate.tasks import NIAH_TASKS
 
 MODELS = ("3B", "7B", "14B")
 """The sizes of Qwen2.5-Instruct that the paper reports."""
@@ -117,7 +117,7 @@ _SUITES = (
         title="RULER NIAH 128k",
         kind="lm_eval",
         tasks=NIAH_TASKS,
-        group=RULER_GROUP,
+        group="ahn_ruler_niah_128k",
         # RULER's 131,072 tokens include the answer. lm-eval adds the answer's first words to the prompt, up to ten
         # tokens too many, and then cuts as many of the instruction. More would need another YaRN factor than 4.
         max_model_len=131_072,

@@ -17,7 +17,9 @@ from typing import Any
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate.benchmarks import SETS
 
-RULER_GROUP = "ahn_ruler_niah_128k"
+RULER_GROUPS = {f"ahn_ruler_niah_{length // 1024}k": length for length in (4096, 8192, 16384, 32768, 65536, 131072)}
+"""Groups of RULER's needles, and their prompts' tokens, with the answer: the lengths that lm-eval has a metric for."""
+
 _NEEDLES = ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multiquery", "multivalue")
 NIAH_TASKS = tuple(f"niah_{name}" for name in _NEEDLES)
 """lm-eval's own tasks for RULER's needles."""
@@ -49,18 +51,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def niah_group(name: str, length: int) -> dict[str, Any]:
-    """Return a group of RULER's needles in `length` tokens, question and answer included; so is its metric called."""
-    metadata = {"version": 1.0, "max_seq_lengths": [length]}
-    return _group(name, [{"task": task, "metadata": metadata} for task in NIAH_TASKS], metric=str(length))
-
-
 def task_files() -> dict[str, str]:
     """Return the text of every task's and group's file by file name."""
     files = {task: _TASK.format(task=task, max_answer_tokens=found.max_answer_tokens) for task, found in SETS.items()}
-    groups = {RULER_GROUP: niah_group(RULER_GROUP, 131_072)}
+    groups = {}
     for group in dict.fromkeys(found.group for found in SETS.values()):
-        groups[group] = _group(group, [task for task, found in SETS.items() if found.group == group])
+        groups[group] = _group(group, "score", [task for task, found in SETS.items() if found.group == group])
+    for group, length in RULER_GROUPS.items():
+        metadata = {"version": 1.0, "max_seq_lengths": [length]}
+        groups[group] = _group(group, str(length), [{"task": task, "metadata": metadata} for task in NIAH_TASKS])
     files |= {group: json.dumps(content, indent=1) for group, content in groups.items()}
     return {f"{name}.yaml": text for name, text in files.items()}
 
@@ -86,6 +85,6 @@ def tasks_folder() -> Path:
     return folder
 
 
-def _group(name: str, tasks: Sequence[Any], metric: str = "score") -> dict[str, Any]:
+def _group(name: str, metric: str, tasks: Sequence[Any]) -> dict[str, Any]:
     aggregate = [{"metric": metric, "weight_by_size": False}]
     return {"group": name, "task": tasks, "aggregate_metric_list": aggregate, "metadata": {"version": 1.0}}
