@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import pickle
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
+from lm_eval.models import vllm_causallms
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from support.evaluation_data import ENGLISH, write_data
@@ -27,19 +30,38 @@ FLAGS = [
 
 def write_all_data(folder: Path) -> Path:
     """Samples of every suite's data in the hub's layout; returns `folder`."""
-    write_data(folder)
+    write_data(folder, repeat=6)
     book = folder / "emozilla/pg19-test/A book.txt"
     book.parent.mkdir(parents=True)
-    book.write_text("\n".join(f"Chapter {number}. {ENGLISH}" for number in range(60)), encoding="utf-8")
+    book.write_text("\n".join(f"Chapter {number}. {ENGLISH}" for number in range(16)), encoding="utf-8")
     return folder
 
 
 class InProcess:
-    """In place of worker processes; remembers the rows that were run."""
+    """In place of worker processes; remembers the rows that were run, and keeps an engine for rows that share one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[Row] = []
+        self.engines = 0
+        self._arguments, self._llm = "", None
+        self._start = vllm.LLM
         monkeypatch.setattr(runner, "_run_worker", self._run)
+        monkeypatch.setattr(vllm, "LLM", self._engine)
+        monkeypatch.setattr(vllm_causallms, "LLM", self._engine)
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._arguments, self._llm = "", None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _engine(self, **arguments: Any) -> Any:
+        if self._arguments != (written := json.dumps(arguments, sort_keys=True)):
+            self.close()
+            self._llm = self._start(**arguments)
+            self._arguments = written
+            self.engines += 1
+        return self._llm
 
     def _run(self, row: Row, answers: Path, log: Path, progress: Progress) -> dict[str, Any]:
         self.rows.append(row)
@@ -49,9 +71,6 @@ class InProcess:
             events.append({"result": worker.run(row, answers, lambda **event: events.append(event))})
         except Exception as error:
             events.append({"error": worker.sentence(error)})
-        finally:
-            gc.collect()
-            cleanup_dist_env_and_memory()
         last = runner.follow(events, progress)
         assert last is not None
         return last

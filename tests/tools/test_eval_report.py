@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_ahn.tools.evaluate import markdown
-from vllm_ahn.tools.evaluate.base import Base
-from vllm_ahn.tools.evaluate.methods import Method
+from vllm_ahn.tools.evaluate.methods import Base, Method
 from vllm_ahn.tools.evaluate.plan import Row, Setting
 from vllm_ahn.tools.evaluate.progress import Progress
 from vllm_ahn.tools.evaluate.report import build_report, failed
@@ -101,8 +100,8 @@ def test_a_base_that_the_paper_does_not_have() -> None:
 
 
 def test_yarn_and_unscaled_positions() -> None:
-    assert BASE.yarn_factor(32768) is None and BASE.yarn(32768) == {} and BASE.unscaled(32768) == {}
-    assert BASE.yarn(131072) == {
+    assert BASE.yarn_factor(32768) is None and BASE.overrides(32768, yarn=True) == {} and BASE.overrides(32768) == {}
+    assert BASE.overrides(131072, yarn=True) == {
         "max_position_embeddings": 131072,
         "rope_parameters": {
             "rope_type": "yarn",
@@ -111,11 +110,11 @@ def test_yarn_and_unscaled_positions() -> None:
             "original_max_position_embeddings": 32768,
         },
     }
-    assert BASE.yarn_factor(131073) == 5 and BASE.unscaled(131073) == {"max_position_embeddings": 131073}
+    assert BASE.yarn_factor(131073) == 5 and BASE.overrides(131073) == {"max_position_embeddings": 131073}
     scaled = Base("scaled", None, {**QWEN_7B, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "")
-    for change in (scaled.yarn, scaled.unscaled):
+    for yarn in (True, False):
         with pytest.raises(ValueError, match=r"scales its positions itself .rope type 'yarn'. up to 32768 tokens"):
-            change(32769)
+            scaled.overrides(32769, yarn)
 
 
 def test_short_names() -> None:

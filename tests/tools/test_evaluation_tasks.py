@@ -24,12 +24,12 @@ from support.evaluation_data import (
 )
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.cli import main
-from vllm_ahn.tools.evaluate.lveval import LENGTHS
 from vllm_ahn.tools.evaluate.prompts import load_tokenizer
 from vllm_ahn.tools.evaluate.suites import METHODS, MODELS, SUITES, Suite, find_suite
 from vllm_ahn.tools.evaluate.tasks import NIAH_TASKS, tasks_folder
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
+LENGTHS = ("16k", "32k", "64k", "128k", "256k")
 LIMIT = 700
 """Tokens of a prompt in the runs here: without the limit they have more than a thousand."""
 
@@ -83,6 +83,7 @@ def test_every_task_is_found_by_name(tiny: TinyPaths, data: Path) -> None:
     expected |= {f"ahn_longbench_{name}" for name in LONGBENCH_CASES}
     assert set(tasks.all_subtasks) == expected
     groups = {f"ahn_lveval_{length}" for length in LENGTHS} | {suite.group for suite in SUITES.values()} - {""}
+    groups |= {f"ahn_ruler_niah_{length}" for length in ("4k", "8k", "16k", "32k", "64k", "128k")}
     assert set(tasks.all_groups) == groups
     # lm-eval has tasks called longbench_hotpotqa and infinitebench itself.
     assert all(name.startswith("ahn_") for name in tasks.all_tasks)
@@ -142,6 +143,7 @@ def model(tiny: TinyPaths) -> Iterator[tuple[Any, dict[tuple[int, ...], Any]]]:
     cleanup_dist_env_and_memory()
 
 
+@pytest.mark.slow
 def test_every_task_through_vllm(
     tiny: TinyPaths, data: Path, needles: list[int], model: tuple[Any, dict[tuple[int, ...], Any]]
 ) -> None:
@@ -227,7 +229,7 @@ def test_the_command_prints_the_folder(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["tasks"]) == 0
     folder = Path(capsys.readouterr().out.strip())
-    assert folder.is_relative_to(tmp_path) and len(list(folder.iterdir())) == 55 + 2 + 6 + 5 + 3
+    assert folder.is_relative_to(tmp_path) and len(list(folder.iterdir())) == (55 + 2 + 6) + (5 + 2 + 6)
     file = folder / "ahn_lveval_cmrc_mixup_128k.yaml"
     text = file.read_text()
     file.unlink()

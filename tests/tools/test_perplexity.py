@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPaths:
     return make_tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=128)
 
 
-def test_against_other_implementations(tiny: TinyPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcess]:
+    with contextlib.closing(InProcess(monkeypatch)) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_against_other_implementations(tiny: TinyPaths, in_process: InProcess, tmp_path: Path) -> None:
     """Four methods in chunks of 32 tokens: full attention, window and AHN as in the reference, YaRN as in
     Transformers; only full attention's cache grows."""
-    in_process = InProcess(monkeypatch)
     text, report, plot = tmp_path / "text.txt", tmp_path / "report.json", tmp_path / "plot.png"
     text.write_text(TEXT, encoding="utf-8")
     lengths = [f"--window={WINDOW}", f"--sinks={SINKS}", f"--context={CONTEXT}", f"--text={text}", "--limit=3"]

@@ -9,11 +9,8 @@ from pathlib import Path
 
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate import flags, markdown, packages, plot
-from vllm_ahn.tools.evaluate.base import Base
-from vllm_ahn.tools.evaluate.methods import find_methods
-from vllm_ahn.tools.evaluate.plan import make_plan, make_setting
-from vllm_ahn.tools.evaluate.report import build_report, failed
-from vllm_ahn.tools.evaluate.runner import run_plan
+from vllm_ahn.tools.evaluate.plan import make_setting
+from vllm_ahn.tools.evaluate.report import failed
 from vllm_ahn.tools.evaluate.suites import SUITES, find_suite
 
 
@@ -37,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing, and write DIR/report.md and DIR/report.json.
-
-    Returns:
-        0; 1 if a row has failed, 130 if interrupted.
-    """
+    """Run what is missing, and write DIR/report.md and DIR/report.json. Returns 1 if a row has failed, else 0."""
     suites = [find_suite(name) for name in dict.fromkeys(args.suite)]
     given = flags.engine_arguments(args)
     packages.require("tabulate", "eval")
@@ -51,33 +44,16 @@ def run(args: argparse.Namespace) -> int:
         plot.check_plot()
     if args.data is not None and not Path(args.data).is_dir():
         raise AHNError(f"--data: {args.data} is no folder, expected one with the data sets, OWNER/NAME each")
-    settings = [
-        make_setting(
-            suite,
-            max_model_len=flags.number(args, "max_model_len"),
-            limit=flags.number(args, "limit"),
-            window=flags.number(args, "window"),
-            sinks=flags.number(args, "sinks", 0),
-            data=str(Path(args.data).resolve()) if args.data is not None else None,
-        )
-        for suite in suites
-    ]
-    base = Base.find(args.model)
-    rows = make_plan(settings, find_methods(flags.baselines(args), args.ahn, base), base, given)
+    data = str(Path(args.data).resolve()) if args.data is not None else None
+    longest, lengths = flags.number(args, "max_model_len"), flags.lengths(args)
+    settings = [make_setting(suite, max_model_len=longest, data=data, **lengths) for suite in suites]
     output = Path(args.output)
-    try:
-        outcomes = run_plan(rows, output)
-    except KeyboardInterrupt:
-        print("interrupted: all answers so far are kept; run the same command to continue", file=sys.stderr)
-        return 130
-    report = build_report(outcomes, base, args.command_line)
-    plots = {}
-    for suite in report["suites"]:
-        measured = [row for row in suite["rows"] if "perplexity" in row]
-        if measured:
-            plots[suite["name"]] = f"{suite['name']}.png"
-            capacity = suite["setting"]["window"] + suite["setting"]["sinks"]
-            plot.plot_positions(measured, capacity, suite["title"], output / plots[suite["name"]])
+    report = flags.run(args, settings, args.model, given, output)
+    plots = {
+        suite["name"]: name
+        for suite in report["suites"]
+        if plot.plot_positions(suite, suite["title"], output / (name := f"{suite['name']}.png"))
+    }
     text = markdown.render(report, plots)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (output / "report.md").write_text(text, encoding="utf-8")

@@ -1,14 +1,20 @@
-"""Flags that ``vllm-ahn eval`` and ``vllm-ahn perplexity`` share: methods, lengths, and the engine's arguments."""
+"""What ``vllm-ahn eval`` and ``vllm-ahn perplexity`` share: flags for methods, lengths and the engine, and the run."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_ahn.config import MAX_LENGTH, parse_length
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate.methods import BASELINES
+from vllm_ahn.tools.evaluate.methods import BASELINES, Base, find_methods
+from vllm_ahn.tools.evaluate.plan import Setting, make_plan
+from vllm_ahn.tools.evaluate.report import build_report
+from vllm_ahn.tools.evaluate.runner import run_plan
 
 _NAMED = ("dtype", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_memory_bytes")
 
@@ -73,9 +79,9 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, **named}
 
 
-def baselines(args: argparse.Namespace) -> list[str]:
-    """Return the named baselines."""
-    return [name.strip() for name in args.baselines.split(",") if name.strip()]
+def lengths(args: argparse.Namespace) -> dict[str, int | None]:
+    """Return ``window``, ``sinks`` and ``limit``, None where not given. Raises `AHNError`."""
+    return {name: number(args, name, 0 if name == "sinks" else 1) for name in ("window", "sinks", "limit")}
 
 
 def number(args: argparse.Namespace, name: str, minimum: int = 1) -> int | None:
@@ -88,3 +94,23 @@ def number(args: argparse.Namespace, name: str, minimum: int = 1) -> int | None:
         flag = name.replace("_", "-")
         raise AHNError(f"--{flag} is {value!r}, expected a whole number from {minimum} to {MAX_LENGTH:,}")
     return found
+
+
+def run(
+    args: argparse.Namespace, settings: Sequence[Setting], base: str, given: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Run `settings` with the flags' methods on `base` and return the report; exit with 130 if interrupted.
+
+    Args:
+        given: from `engine_arguments`.
+        folder: where answers and results go.
+    """
+    found = Base.find(base)
+    baselines = [name.strip() for name in args.baselines.split(",") if name.strip()]
+    rows = make_plan(settings, find_methods(baselines, args.ahn, found), found, given)
+    try:
+        outcomes = run_plan(rows, folder)
+    except KeyboardInterrupt:
+        print(f"interrupted: the answers so far are kept; to continue: --output {folder}", file=sys.stderr)
+        sys.exit(130)
+    return build_report(outcomes, found, args.command_line)

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate.answers import Answers, ask
 from vllm_ahn.tools.evaluate.plan import Row
-from vllm_ahn.tools.evaluate.tasks import RULER_GROUP, tasks_folder
+from vllm_ahn.tools.evaluate.tasks import RULER_GROUPS, tasks_folder
 
 SEED = 0
 """RULER's samples are drawn anew for every run, from Python's own generator."""
@@ -83,7 +83,7 @@ def evaluate(row: Row, answers: Answers, send: Callable[..., None]) -> dict[str,
     metadata |= {"pretrained": engine["model"], "tokenizer_revision": engine.get("tokenizer_revision")}
     tasks = TaskManager(
         include_path=str(tasks_folder()),
-        include_defaults=row.setting.suite.group == RULER_GROUP,  # lm-eval's own tasks, which take seconds to find
+        include_defaults=group in RULER_GROUPS,  # lm-eval's own tasks, which take seconds to find
         metadata=metadata,
     )
     random.seed(SEED)

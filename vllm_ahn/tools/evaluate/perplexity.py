@@ -53,10 +53,10 @@ def measure(row: Row, answers: Answers, send: Callable[..., None]) -> dict[str, 
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, detokenize=False)
     to_the_end = params.clone()
     to_the_end.max_tokens = AFTER_PROMPT
-    cache, held = HeldCache(llm), []
+    (block_bytes, read_cache), held = held_cache(llm), []
 
-    def read_cache() -> None:
-        if (reading := cache.read()) is not None:
+    def after_step() -> None:
+        if (reading := read_cache()) is not None:
             held.append(reading)
 
     def answered(kept: bool) -> None:
@@ -67,12 +67,12 @@ def measure(row: Row, answers: Answers, send: Callable[..., None]) -> dict[str, 
         llm,
         [(stretches[0].tokens, to_the_end)],
         answers,
-        lambda output: {"logprobs": _logprobs(output), "held": held, "block_bytes": cache.block_bytes},
+        lambda output: {"logprobs": prompt_logprobs(output), "held": held, "block_bytes": block_bytes},
         answered,
-        read_cache,
+        after_step,
     )
     others = [(stretch.tokens, params) for stretch in stretches[1:]]
-    rest = ask(llm, others, answers, lambda output: {"logprobs": _logprobs(output)}, answered)
+    rest = ask(llm, others, answers, lambda output: {"logprobs": prompt_logprobs(output)}, answered)
 
     measured = [(a["logprobs"], stretch.sizes) for a, stretch in zip([first, *rest], stretches, strict=True)]
     edge, end = min(setting.capacity + 1, setting.context), setting.context
@@ -129,28 +129,28 @@ def even_edges(length: int, count: int) -> list[int]:
     return [*range(1, length, width), length]
 
 
-class HeldCache:
-    """The cache that the requests of an engine in this process hold."""
+def held_cache(llm: Any) -> tuple[int, Callable[[], tuple[int, int] | None]]:
+    """Look into the cache of `llm`, a `vllm.LLM` in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``).
 
-    def __init__(self, llm: Any) -> None:
-        """Read the size of a block from `llm`, a `vllm.LLM` (``VLLM_ENABLE_V1_MULTIPROCESSING=0``)."""
-        self._scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        config = self._scheduler.kv_cache_config
-        # Every entry gives the size of the one allocation, in which the groups of an AHN lie over each other.
-        of_worker = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
-        self.block_bytes = of_worker * llm.llm_engine.vllm_config.parallel_config.world_size
-        """Bytes of a block, over all layers and workers."""
+    Returns:
+        the bytes of a block, over all layers and workers; and a function that reads the tokens of the only request so
+        far and the bytes held for them, None if there is no request.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    config, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
+    # Every entry gives the size of the one allocation, in which the groups of an AHN lie over each other.
+    of_worker = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+    block_bytes = of_worker * llm.llm_engine.vllm_config.parallel_config.world_size
 
-    def read(self) -> tuple[int, int] | None:
-        """Return the tokens of the only request so far and the bytes held for them; None if there is no request."""
-        running = self._scheduler.running
-        if not running:
-            return None
-        pool = self._scheduler.kv_cache_manager.block_pool
+    def read() -> tuple[int, int] | None:
         held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
-        return running[0].num_computed_tokens, held * self.block_bytes
+        running = scheduler.running
+        return (running[0].num_computed_tokens, held * block_bytes) if running else None
+
+    return block_bytes, read
 
 
-def _logprobs(output: Any) -> list[float]:
+def prompt_logprobs(output: Any) -> list[float]:
+    """Return the log-probability of every token of a prompt but the first, from a ``RequestOutput``."""
     entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     return [float(entry[token].logprob) for token, entry in entries]

@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate import flags, markdown, packages, plot
-from vllm_ahn.tools.evaluate.base import Base
-from vllm_ahn.tools.evaluate.methods import find_methods
 from vllm_ahn.tools.evaluate.perplexity import AFTER_PROMPT
-from vllm_ahn.tools.evaluate.plan import make_plan, make_setting
-from vllm_ahn.tools.evaluate.report import build_report, failed
-from vllm_ahn.tools.evaluate.runner import run_plan
+from vllm_ahn.tools.evaluate.plan import make_setting
+from vllm_ahn.tools.evaluate.report import failed
 from vllm_ahn.tools.evaluate.suites import Suite
 
 CONTEXT_FACTOR = 4
@@ -42,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and write what was asked for.
-
-    Returns:
-        0; 1 if a row has failed, 130 if interrupted.
-    """
+    """Print the table and write what was asked for. Returns 1 if a row has failed, else 0."""
     given = flags.engine_arguments(args)
     packages.require("tabulate", "perplexity")
     for flag in ("plot", "json"):
@@ -55,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
             raise AHNError(f"--{flag}: {folder} is no folder, expected a file in one that exists")
     if args.plot is not None:
         plot.check_plot(Path(args.plot))
-    window, sinks = flags.number(args, "window"), flags.number(args, "sinks", 0)
-    window, sinks = DEFAULT_WINDOW if window is None else window, DEFAULT_SINKS if sinks is None else sinks
+    lengths = flags.lengths(args)
+    window = DEFAULT_WINDOW if lengths["window"] is None else lengths["window"]
+    sinks = DEFAULT_SINKS if lengths["sinks"] is None else lengths["sinks"]
     context = flags.number(args, "context", 2) or CONTEXT_FACTOR * (window + sinks)
     suite = Suite(
         name="perplexity",
@@ -67,17 +60,9 @@ def run(args: argparse.Namespace) -> int:
         window=window,
         sinks=sinks,
     )
-    texts = tuple(str(Path(name).resolve()) for name in args.text)
-    setting = make_setting(suite, texts=texts, limit=flags.number(args, "limit"))
-    base = Base.find(args.model)
-    rows = make_plan([setting], find_methods(flags.baselines(args), args.ahn, base), base, given)
+    setting = make_setting(suite, texts=tuple(str(Path(name).resolve()) for name in args.text), **lengths)
     folder = Path(args.output or tempfile.mkdtemp(prefix="vllm-ahn-"))
-    try:
-        outcomes = run_plan(rows, folder)
-    except KeyboardInterrupt:
-        print(f"interrupted; to continue: --output {folder}", file=sys.stderr)
-        return 130
-    report = build_report(outcomes, base, args.command_line)
+    report = flags.run(args, [setting], args.model, given, folder)
     [found] = report["suites"]
     print(markdown.perplexity_table(found))
     for row in found["rows"]:
@@ -85,10 +70,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{row['label']}: {why}")
     if args.json is not None:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    measured = [row for row in found["rows"] if row["status"] == "measured"]
-    if args.plot is not None and measured:
-        title = f"{Path(base.name).name}, {', '.join(Path(name).name for name in args.text)}"
-        plot.plot_positions(measured, setting.capacity, title, Path(args.plot))
+    if args.plot is not None:
+        title = f"{Path(report['base']['name']).name}, {', '.join(Path(name).name for name in args.text)}"
+        plot.plot_positions(found, title, Path(args.plot))
     if failed(report):
         return 1  # the logs stay
     if args.output is None:

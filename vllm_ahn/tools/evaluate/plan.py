@@ -12,14 +12,10 @@ from typing import Any
 from vllm_ahn import __version__
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate import perplexity, texts
-from vllm_ahn.tools.evaluate.base import Base
 from vllm_ahn.tools.evaluate.data import data_root
-from vllm_ahn.tools.evaluate.methods import Method
+from vllm_ahn.tools.evaluate.methods import Base, Method
 from vllm_ahn.tools.evaluate.suites import Suite
-from vllm_ahn.tools.evaluate.tasks import RULER_GROUP, niah_group
-
-RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-"""The lengths that lm-eval's RULER tasks have a metric for."""
+from vllm_ahn.tools.evaluate.tasks import RULER_GROUPS
 
 NO_INFLUENCE = (
     "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs", "download_dir",
@@ -60,13 +56,12 @@ class Setting:
         """Tokens of a stretch of text whose perplexity is measured."""
         return self.max_model_len - perplexity.AFTER_PROMPT
 
-    def lm_eval(self) -> tuple[Any, dict[str, Any], str]:
-        """Return lm-eval's group to run (a name or a definition), its metadata, and the key of the score."""
+    def lm_eval(self) -> tuple[str, dict[str, Any], str]:
+        """Return lm-eval's group to run, its metadata, and the name of the score."""
         found: dict[str, Any] = {} if self.data is None else {"data_folder": self.data}
-        if self.suite.group == RULER_GROUP:
-            length = max(length for length in RULER_LENGTHS if length <= self.max_model_len)
-            group = self.suite.group if length == self.suite.max_model_len else niah_group(f"ahn_niah_{length}", length)
-            return group, found, str(length)
+        if self.suite.group in RULER_GROUPS:
+            fits = {length: group for group, length in RULER_GROUPS.items() if length <= self.max_model_len}
+            return fits[max(fits)], found, str(max(fits))
         if self.prompt_tokens < self.suite.max_prompt_tokens:
             found["max_prompt_tokens"] = self.prompt_tokens
         return self.suite.group, found, "score"
@@ -87,7 +82,9 @@ class Setting:
     def check(self) -> None:
         """Raise `AHNError` for lengths that make the suite meaningless, and for missing data."""
         name, room = self.suite.name, self.max_model_len - self.suite.max_answer_tokens
-        minimum = RULER_LENGTHS[0] if self.suite.group == RULER_GROUP else self.suite.max_answer_tokens + 3
+        minimum = self.suite.max_answer_tokens + 3
+        if self.suite.group in RULER_GROUPS:
+            minimum = min(RULER_GROUPS.values())
         if self.max_model_len < minimum:
             raise AHNError(f"{name}: --max-model-len is {self.max_model_len}, expected at least {minimum}")
         if room <= self.capacity:
@@ -146,7 +143,7 @@ class Row:
     @property
     def key(self) -> str:
         """A hash of the row and of the code that asks and scores: a row finished under it is not run again."""
-        code = [(path.name, path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
+        code = [(path.name, path.read_bytes()) for path in sorted(Path(__file__).parent.iterdir()) if path.is_file()]
         return hashlib.sha256(repr((self, versions(), code)).encode()).hexdigest()
 
 
@@ -176,8 +173,8 @@ def _row(setting: Setting, method: Method, base: Base, given: Mapping[str, Any])
             "ahn": {"checkpoint": method.ahn, "window": setting.window, "sinks": setting.sinks}
         }
         served = {name: value for name, value in config.to_dict().items() if name not in ("checkpoint", "revision")}
-    elif changed := base.yarn(length) if method.name == "yarn" else base.unscaled(length):
-        engine["hf_overrides"] = changed
+    elif overrides := base.overrides(length, yarn=method.name == "yarn"):
+        engine["hf_overrides"] = overrides
     identity = {
         "base": base.files,
         "ahn": served,

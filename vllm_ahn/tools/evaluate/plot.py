@@ -23,14 +23,20 @@ def check_plot(path: Path | None = None) -> None:
         raise AHNError("matplotlib, which plots, is not installed: pip install 'vllm-ahn[plot]'") from None
 
 
-def plot_positions(rows: Sequence[dict[str, Any]], capacity: int, title: str, path: Path) -> None:
-    """Plot perplexity by position on the left and the cache held on the right, a line for each row.
+def plot_positions(suite: dict[str, Any], title: str, path: Path) -> bool:
+    """Plot perplexity by position on the left and the cache held on the right, a line for each measured row.
 
     Args:
-        rows: measured rows of a report, with ``label`` and ``perplexity``.
-        capacity: W + S, which is marked.
+        suite: of a report, with perplexity.
         path: to write, one of `FORMATS`.
+
+    Returns:
+        whether any row was measured, and so the plot written.
     """
+    rows = [row for row in suite["rows"] if "perplexity" in row]
+    if not rows:
+        return False
+    capacity = suite["setting"]["window"] + suite["setting"]["sinks"]
     check_plot(path)
     import matplotlib
 
@@ -54,6 +60,7 @@ def plot_positions(rows: Sequence[dict[str, Any]], capacity: int, title: str, pa
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+    return True
 
 
 def _perplexity_points(measured: dict[str, Any]) -> tuple[list[float], list[float]]:

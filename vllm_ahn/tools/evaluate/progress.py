@@ -14,31 +14,24 @@ class Progress:
 
     def __init__(self, rows: int) -> None:
         """Start with none of `rows` done."""
-        self._rows = rows
-        self._number = 0
-        self._title = ""
+        self._rows, self._number, self._title = rows, 0, ""
         self._bar: Any = None
-        self.asked = 0
-        """Answers of the current row that the model gave."""
-
-        self.kept = 0
-        """Answers of the current row that were kept from an earlier run."""
+        self.asked, self.kept = 0, 0
+        """Answers of the current row: from the model, and kept from an earlier run."""
 
     def start(self, title: str) -> None:
         """Begin the next row."""
         self._number += 1
         self._title = f"[{self._number}/{self._rows}] {title}"
-        self.asked = self.kept = 0
+        self.asked, self.kept = 0, 0
 
     def total(self, tasks: Mapping[str, int]) -> None:
         """Set how many answers there will be of each task."""
-        # Averaged over all that was asked, so that what was kept does not count; no line a second into a file.
-        seconds = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
             total=sum(tasks.values()),
             desc=self._title,
-            smoothing=0,
-            mininterval=seconds,
+            smoothing=0,  # the time left is by all that was asked
+            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds: a file needs fewer lines
             miniters=1,
             dynamic_ncols=True,
         )
@@ -47,7 +40,7 @@ class Progress:
         """Count one answer."""
         self.kept += kept
         self.asked += not kept
-        self._bar.initial = self.kept
+        self._bar.initial = self.kept  # what was kept took no time
         self._bar.set_postfix_str(task, refresh=False)
         self._bar.update()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_ahn.tools.evaluate.base import Base
-from vllm_ahn.tools.evaluate.methods import Method
+from vllm_ahn.tools.evaluate.methods import Base, Method
 from vllm_ahn.tools.evaluate.plan import Setting, versions
 from vllm_ahn.tools.evaluate.runner import Outcome
 from vllm_ahn.tools.evaluate.suites import Suite

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vllm_ahn.errors import AHNError
@@ -51,13 +51,19 @@ class Outcome:
 def run_plan(rows: Sequence[Row], folder: Path) -> list[Outcome]:
     """Run every row, one engine at a time, and return the outcomes in their order.
 
-    A failing row is reported; the rest still run. On an interruption the worker ends too.
-
-    Raises:
-        AHNError: another process is at work in `folder`.
+    A failing row is reported; the rest still run. On an interruption the worker ends too. Raises `AHNError` if
+    another process is at work in `folder`.
     """
     progress = Progress(sum(not row.not_run for row in rows))
-    with _only_one(folder), contextlib.closing(progress):
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise AHNError(f"--output: another evaluation is at work in {folder}, expected a folder of its own") from None
+    except OSError as error:
+        raise AHNError(f"--output: {folder} cannot be written ({error.strerror}), expected a folder") from None
+    with lock, contextlib.closing(progress):
         return [_run_row(row, folder, progress) for row in rows]
 
 
@@ -140,20 +146,3 @@ def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise AHNError(f"--output: {folder} cannot be written ({error.strerror}), expected a folder") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise AHNError(
-                f"--output: another evaluation is at work in {folder}, expected a folder of its own"
-            ) from None
-        yield

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_ahn.errors import AHNError
+from vllm_ahn.tools.evaluate.benchmarks import SETS
 from vllm_ahn.tools.evaluate.data import DataFile
-from vllm_ahn.tools.evaluate.tasks import NIAH_TASKS, RULER_GROUP, sets_of
+from vllm_ahn.tools.evaluate.tasks import NIAH_TASKS
 
 MODELS = ("3B", "7B", "14B")
 """The sizes of Qwen2.5-Instruct that the paper reports."""
@@ -58,15 +59,15 @@ class Suite:
 
 
 def _benchmark(name: str, group: str, **more: Any) -> Suite:
-    sets = sets_of(group)
+    sets = [questions for questions in SETS.values() if questions.group == group]
     return Suite(
         name=name,
         kind="lm_eval",
-        tasks=tuple(sets),
+        tasks=tuple(questions.task for questions in sets),
         group=group,
-        files=tuple(questions.file for questions in sets.values()),
-        max_prompt_tokens=max(questions.max_prompt_tokens for questions in sets.values()),
-        max_answer_tokens=max(questions.max_answer_tokens for questions in sets.values()),
+        files=tuple(questions.file for questions in sets),
+        max_prompt_tokens=max(questions.max_prompt_tokens for questions in sets),
+        max_answer_tokens=max(questions.max_answer_tokens for questions in sets),
         **more,
     )
 
@@ -116,7 +117,7 @@ _SUITES = (
         title="RULER NIAH 128k",
         kind="lm_eval",
         tasks=NIAH_TASKS,
-        group=RULER_GROUP,
+        group="ahn_ruler_niah_128k",
         # RULER's 131,072 tokens include the answer. lm-eval adds the answer's first words to the prompt, up to ten
         # tokens too many, and then cuts as many of the instruction. More would need another YaRN factor than 4.
         max_model_len=131_072,

@@ -1,7 +1,7 @@
 """``vllm-ahn tasks``: the evaluation tasks as files for lm-eval's ``--include_path``.
 
 lm-eval finds a task by its name only if the task has a YAML file of its own. So one is written for every set of
-`BENCHMARKS`, and one for every group.
+``benchmarks.toml``, and one for every group.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate import infinitebench, longbench, lveval
-from vllm_ahn.tools.evaluate.documents import QuestionSet
+from vllm_ahn.tools.evaluate.benchmarks import SETS
 
-BENCHMARKS = {"lveval": lveval, "infinitebench": infinitebench, "longbench": longbench}
+RULER_GROUPS = {f"ahn_ruler_niah_{length // 1024}k": length for length in (4096, 8192, 16384, 32768, 65536, 131072)}
+"""Groups of RULER's needles, and their prompts' tokens, with the answer: the lengths that lm-eval has a metric for."""
 
-RULER_GROUP = "ahn_ruler_niah_128k"
 _NEEDLES = ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multiquery", "multivalue")
 NIAH_TASKS = tuple(f"niah_{name}" for name in _NEEDLES)
 """lm-eval's own tasks for RULER's needles."""
 
 _TASK = """\
 task: {task}
-custom_dataset: !function {module}.load
-dataset_kwargs: {{subset: {subset}}}
+custom_dataset: !function vllm_ahn.tools.evaluate.benchmarks.load
+dataset_kwargs: {{subset: {task}}}
 test_split: test
 output_type: generate_until
 doc_to_text: !function vllm_ahn.tools.evaluate.prompts.doc_to_text
 doc_to_target: "{{{{answers[0]}}}}"
-process_results: !function {module}.process_results
+process_results: !function vllm_ahn.tools.evaluate.benchmarks.process_results
 num_fewshot: 0
 fewshot_config: {{samples: []}}
 generation_kwargs: {{until: [], do_sample: false, temperature: 0.0, max_gen_toks: {max_answer_tokens}}}
@@ -52,34 +51,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sets_of(group: str) -> dict[str, QuestionSet]:
-    """Return the sets of one of our groups by the name of their task."""
-    return {
-        f"ahn_{benchmark}_{name}": questions
-        for benchmark, module in BENCHMARKS.items()
-        for name, questions in module.SETS.items()
-        if questions.group == group
-    }
-
-
-def niah_group(name: str, length: int) -> dict[str, Any]:
-    """Return a group of RULER's needles in `length` tokens, question and answer included; so is its metric called."""
-    metadata = {"version": 1.0, "max_seq_lengths": [length]}
-    return _group(name, [{"task": task, "metadata": metadata} for task in NIAH_TASKS], metric=str(length))
-
-
 def task_files() -> dict[str, str]:
     """Return the text of every task's and group's file by file name."""
-    files, groups = {}, {RULER_GROUP: niah_group(RULER_GROUP, 131_072)}
-    for benchmark, module in BENCHMARKS.items():
-        for subset, questions in module.SETS.items():
-            files[f"ahn_{benchmark}_{subset}"] = _TASK.format(
-                task=f"ahn_{benchmark}_{subset}",
-                module=module.__name__,
-                subset=subset,
-                max_answer_tokens=questions.max_answer_tokens,
-            )
-            groups[questions.group] = _group(questions.group, list(sets_of(questions.group)))
+    files = {task: _TASK.format(task=task, max_answer_tokens=found.max_answer_tokens) for task, found in SETS.items()}
+    groups = {}
+    for group in dict.fromkeys(found.group for found in SETS.values()):
+        groups[group] = _group(group, "score", [task for task, found in SETS.items() if found.group == group])
+    for group, length in RULER_GROUPS.items():
+        metadata = {"version": 1.0, "max_seq_lengths": [length]}
+        groups[group] = _group(group, str(length), [{"task": task, "metadata": metadata} for task in NIAH_TASKS])
     files |= {group: json.dumps(content, indent=1) for group, content in groups.items()}
     return {f"{name}.yaml": text for name, text in files.items()}
 
@@ -105,6 +85,6 @@ def tasks_folder() -> Path:
     return folder
 
 
-def _group(name: str, tasks: Sequence[Any], metric: str = "score") -> dict[str, Any]:
+def _group(name: str, metric: str, tasks: Sequence[Any]) -> dict[str, Any]:
     aggregate = [{"metric": metric, "weight_by_size": False}]
     return {"group": name, "task": tasks, "aggregate_metric_list": aggregate, "metadata": {"version": 1.0}}

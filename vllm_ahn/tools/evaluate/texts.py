@@ -74,10 +74,10 @@ def longest_book(tokenizer: Any, books: Iterable[tuple[str, str]], context: int)
     best: Stretch | None = None
     for title, text in books:
         for stretch in cut_text(tokenizer, title, text, context)[:1]:
+            if len(stretch.tokens) == context:
+                return stretch
             if best is None or len(stretch.tokens) > len(best.tokens):
                 best = stretch
-        if best is not None and len(best.tokens) == context:
-            break
     if best is None:
         raise AHNError("pg19: no text in the data, expected books")
     return best
