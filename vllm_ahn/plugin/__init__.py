@@ -33,7 +33,7 @@ def register() -> None:
     try:
         import vllm
 
-        from vllm_ahn import cache, models
+        from vllm_ahn import models
         from vllm_ahn.plugin import compat, limits, patches
 
         compat.check_vllm_version(vllm.__version__)
@@ -41,7 +41,6 @@ def register() -> None:
 
         for architecture, model_class in models.MODEL_CLASSES.items():
             ModelRegistry.register_model(architecture, model_class)
-        cache.register_specs()
         limits.install()
         patches.patch_arguments()
     except AHNError:

@@ -161,9 +161,7 @@ def patch_lora_workers() -> None:
 
     @wraps(original)
     def _load_adapter(self: Any, lora_request: LoRARequest) -> Any:
-        from vllm_ahn.models.ahn import AHNForCausalLM
-
-        if isinstance(self._adapter_manager.model, AHNForCausalLM):
+        if getattr(self._adapter_manager.model, "has_ahn", False):
             lora.check_adapter(get_adapter_absolute_path(lora_request.lora_path))
         return original(self, lora_request)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from vllm_ahn.attention.core import runs_triton
 from vllm_ahn.config import NO_MEMORY
+from vllm_ahn.device import runs_triton
 from vllm_ahn.plugin.setting import ahn_setting
 
 if TYPE_CHECKING:
