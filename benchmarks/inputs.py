@@ -1,13 +1,9 @@
-"""Random weights for vLLM's ``load_format="dummy"`` that give clear answers.
-
-vLLM's own dummy values are so small that every token is as likely as any other. These are scaled as
-those of `vllm_ahn.tools.tiny` are, made on the device in the engine's process, and depend on a parameter's name and the
-seed alone: engines of one base have the same base weights, with an AHN and without.
-"""
+"""Random prompts and weights, the same in every run."""
 
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 SHARPNESS = 1.6
@@ -15,18 +11,27 @@ SHARPNESS = 1.6
 random keys still hangs on a few hundred of them, and a wrong key is seen."""
 
 
+def prompt(length: int, seed: int = 0, vocab: int = 60000) -> list[int]:
+    """Return ``length`` random tokens below ``vocab``; the first 60,000 of Qwen's and of ours have a text."""
+    return random.Random(f"{seed} {length}").choices(range(vocab), k=length)
+
+
 def replace_dummy_weights(seed: int) -> None:
-    """Has vLLM's dummy loader fill models of this process with these values."""
+    """Make vLLM's ``load_format="dummy"`` give models of this process weights that answer clearly.
+
+    vLLM's own are so small that every token is as likely as any other. These are scaled as those of
+    `vllm_ahn.tools.tiny`, made on the device, and depend on a parameter's name and the seed alone: engines of one base
+    have the same base weights, with an AHN and without.
+    """
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
-        fill(model, seed, tied=model_config.hf_config.tie_word_embeddings)
+        _fill(model, seed, tied=model_config.hf_config.tie_word_embeddings)
 
     DummyModelLoader.load_weights = load_weights
 
 
-def fill(model: Any, seed: int, *, tied: bool) -> None:
-    """Gives every parameter of a Qwen ``model`` its random value; ``tied``: its head is its embedding."""
+def _fill(model: Any, seed: int, *, tied: bool) -> None:
     import torch
 
     from vllm_ahn.tools.tiny.weights import random_values

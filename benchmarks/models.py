@@ -1,4 +1,4 @@
-"""What `engine.py` and `length.py` compare: models, rows, and the arguments of each row's engine."""
+"""The models and engines that the benchmarks compare."""
 
 from __future__ import annotations
 
@@ -7,56 +7,28 @@ import math
 from pathlib import Path
 from typing import Any
 
+from report import option
 from vllm_ahn.config import NO_MEMORY
 from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.tiny import make_tiny
 
+_SIZES = ("hidden", "intermediate", "heads", "kv_heads", "layers", "vocab", "tie_word_embeddings")
 SHAPES: dict[str, dict[str, Any]] = {
-    "3B": {
-        "hidden": 2048,
-        "intermediate": 11008,
-        "heads": 16,
-        "kv_heads": 2,
-        "layers": 36,
-        "vocab": 151936,
-        "tie_word_embeddings": True,
-    },
-    "7B": {
-        "hidden": 3584,
-        "intermediate": 18944,
-        "heads": 28,
-        "kv_heads": 4,
-        "layers": 28,
-        "vocab": 152064,
-        "tie_word_embeddings": False,
-    },
-    "0.5B": {
-        "hidden": 896,
-        "intermediate": 4864,
-        "heads": 14,
-        "kv_heads": 2,
-        "layers": 24,
-        "vocab": 151936,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden": 128,
-        "intermediate": 256,
-        "heads": 4,
-        "kv_heads": 2,
-        "layers": 2,
-        "vocab": 512,
-        "tie_word_embeddings": False,
-    },
+    name: dict(zip(_SIZES, values, strict=True))
+    for name, values in {
+        "3B": (2048, 11008, 16, 2, 36, 151936, True),
+        "7B": (3584, 18944, 28, 4, 28, 152064, False),
+        "0.5B": (896, 4864, 14, 2, 24, 151936, True),
+        "tiny": (128, 256, 4, 2, 2, 512, False),
+    }.items()
 }
 """Arguments of `vllm_ahn.tools.tiny.make_tiny`: Qwen2.5's own shapes, and one for a test."""
-
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One engine of the comparison."""
+    """One engine of a comparison."""
 
     text: str
     memory: str | None = None
@@ -66,38 +38,36 @@ class Row:
     """vLLM lacks it on some devices: the row then says so, in vLLM's words."""
 
 
+FULL, WINDOW, AHN = "full", "window", "ahn-gdn"
 ROWS = {
-    "full": Row("full attention"),
+    FULL: Row("full attention"),
     "full-fp8": Row("full attention, fp8 cache", cache_dtype="fp8", may_be_missing=True),
-    "window": Row("sinks + window, no memory", NO_MEMORY),
-    "ahn-gdn": Row("AHN, GatedDeltaNet", "GatedDeltaNet"),
-    "ahn-dn": Row("AHN, DeltaNet", "DeltaNet"),
-    "ahn-mamba2": Row("AHN, Mamba2", "Mamba2"),
+    WINDOW: Row("sinks + window, no memory", NO_MEMORY),
+    **{f"ahn-{memory.short_name}": Row(f"AHN, {name}", name) for name, memory in MEMORIES.items()},
 }
-DEFAULT_ROWS = ("full", "full-fp8", "window", "ahn-gdn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """What the models and engines of all rows have in common. Lengths are in tokens."""
 
-    model: str
-    layers: int
-    dtype: str
+    model: str = option("shape of the model", choices=list(SHAPES))
+    layers: int = option("of the model")
+    dtype: str = option("of the model", choices=list(DTYPE_BYTES))
     rows: tuple[str, ...]
-    contexts: tuple[int, ...]
+    contexts: tuple[int, ...] = option("tokens, with commas")
     """Longest first, so that what a time budget cuts off is the lesser part."""
-    window: int
-    sinks: int
+    window: int = option("W")
+    sinks: int = option("S")
     max_batch: int
     sequences: int
     """Cache of an engine: what so many sequences of the longest context take with full attention; 0: all vLLM takes."""
-    budget: int
-    steps: int
-    repetitions: int
+    budget: int = option("tokens a step (max_num_batched_tokens)")
+    steps: int = option("decode steps of a measurement")
+    repetitions: int = option("of every measurement")
     tolerance: float
     engine: dict[str, Any]
-    """Arguments of every engine, over those below."""
+    """Arguments of every engine, over those of `arguments`."""
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -105,17 +75,17 @@ class Comparison:
         return SHAPES[self.model] | {"layers": self.layers}
 
     @property
-    def all_layers(self) -> int:
-        """Layers of the real model."""
-        return int(SHAPES[self.model]["layers"])
-
-    @property
     def capacity(self) -> int:
         """W + S: tokens before any leaves the window."""
         return self.window + self.sinks
 
+    def describe(self) -> str:
+        """Return the model in words."""
+        name = "a tiny model" if self.model == "tiny" else f"Qwen2.5-{self.model}'s shape"
+        return f"{name} with {self.layers} layers, {self.dtype}"
+
     def cache_bytes(self, sequences: float) -> int:
-        """Keys and values of so many sequences of the longest context, full attention in the model's dtype."""
+        """Return bytes of so many sequences of the longest context, full attention in the model's dtype."""
         shape = self.shape
         head_size = shape["hidden"] // shape["heads"]
         token = 2 * shape["kv_heads"] * head_size * DTYPE_BYTES[self.dtype] * self.layers
@@ -123,25 +93,12 @@ class Comparison:
         return math.ceil((sequences * self.contexts[0] + 128) * token)
 
     def keeps_all(self, row: str, context: int) -> bool:
-        """Whether a sequence of ``context`` tokens keeps all its blocks in this row."""
+        """Return whether a sequence of ``context`` tokens keeps all its blocks in this row."""
         return ROWS[row].memory is None or context <= self.capacity
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting(Comparison):
-    """One comparison of `engine.py`."""
-
-    batches: tuple[int, ...]
-    alone: bool
-    """One engine at a time, where otherwise all live side by side and take turns."""
-    seed: int
-
-
 def write_models(setting: Comparison, folder: Path, *, weights: bool = False) -> dict[str, Path]:
-    """Writes configurations, and ``weights`` if wanted.
-
-    Returns the folder of the base as "base", of each AHN by its memory.
-    """
+    """Write configurations, and ``weights`` if asked to; return the base's folder as "base", an AHN's by its memory."""
     folders: dict[str, Path] = {}
     wanted = [ROWS[row].memory for row in setting.rows]
     for memory in [memory for memory in MEMORIES if memory in wanted] or list(MEMORIES)[:1]:  # the base comes with any
@@ -159,8 +116,8 @@ def write_models(setting: Comparison, folder: Path, *, weights: bool = False) ->
     return folders
 
 
-def arguments(setting: Comparison, row: str, folders: dict[str, Path], *, eager: bool) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` for one row, the eager one to verify by or the one to measure."""
+def arguments(setting: Comparison, row: str, folders: dict[str, Path], *, eager: bool = False) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` for one row, the engine to measure or the ``eager`` one to verify by."""
     memory = ROWS[row].memory
     values: dict[str, Any] = {
         "model": str(folders["base"]),
@@ -179,7 +136,4 @@ def arguments(setting: Comparison, row: str, folders: dict[str, Path], *, eager:
         values["kv_cache_memory_bytes"] = setting.cache_bytes(1.25 if eager else setting.sequences)
         # With the cache's size given this only has vLLM refuse to start if less is free, and others are there.
         values["gpu_memory_utilization"] = 0.02
-    values |= setting.engine
-    if eager:
-        values["enforce_eager"] = True
-    return values
+    return values | setting.engine | ({"enforce_eager": True} if eager else {})
