@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from support import flash_emulation
 from support.golden_data import CONFIGURATIONS
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
-from vllm_ahn.attention.gpu.plan import AHNGpuMetadataBuilder
+from vllm_ahn.attention.gpu.compute import GPUCore
 from vllm_ahn.bases import find_base
 from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
 from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
@@ -131,7 +131,7 @@ def test_graphs_are_cut_at_the_attention() -> None:
 def test_graphs_of_decodes_may_hold_everything(config: VllmConfig) -> None:
     spec, _ = dict.fromkeys(specs(config).values())
     decode = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    assert AHNGpuMetadataBuilder.get_cudagraph_support(config, spec) is decode
+    assert GPUCore.cudagraph_support is decode
     assert AHNStateBackend.get_builder_cls().get_cudagraph_support(config, spec).value >= decode.value
 
 
@@ -158,8 +158,8 @@ def takes(function: Any, given: set[str]) -> bool:
 def test_interfaces_of_the_attention() -> None:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    from vllm_ahn.attention.gpu.flash_attention import FlashAttention
-    from vllm_ahn.attention.gpu.triton_attention import TritonAttention
+    from vllm_ahn.attention.paged.flash import FlashAttention
+    from vllm_ahn.attention.paged.triton import TritonAttention
 
     assert takes(unified_attention, keywords(TritonAttention.attend, "unified_attention"))
     flash = flash_emulation.interface()

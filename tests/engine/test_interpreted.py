@@ -17,7 +17,7 @@ def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) ->
     cases = [golden.case(length) for length in lengths]
     ahn = {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
     result = run(golden.base, ahn, [case.prompt.tolist() for case in cases], GENERATED, **arguments)
-    assert {worker["core"] for worker in result["workers"]} == {"vllm_ahn.attention.gpu.compute"}
+    assert {worker["core"] for worker in result["workers"]} == {"GPUCore"}
     for case, tokens in zip(cases, result["tokens"], strict=True):
         assert tokens == case.tokens.tolist(), case.length
     return result
@@ -25,7 +25,7 @@ def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) ->
 
 @pytest.mark.parametrize("golden", CONFIGURATIONS.values(), ids=lambda golden: golden.name)
 def test_all_lengths_in_one_batch(golden: Golden) -> None:
-    constants = {"metadata.QUERIES_PER_ROW": 40, "triton_attention.SEGMENTS": 4}
+    constants = {"gpu.plan.MASKED_QUERIES": 40, "paged.triton.SEGMENTS": 4}
     result = continuations(golden, golden.lengths, block_size=16, max_num_seqs=8, constants=constants)
     assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER]
 
@@ -37,7 +37,7 @@ def test_sinks_and_window_without_a_memory() -> None:
     result = run(golden.base, setting, asked, 3, block_size=16, max_num_seqs=8)
     reference = from_folders(golden.base, "none", golden.window, golden.sinks)
     expected = [reference.generate(torch.tensor([prompt]), 3).tokens[0].tolist() for prompt in asked]
-    assert (result["workers"][0]["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.compute", expected)
+    assert (result["workers"][0]["core"], result["tokens"]) == ("GPUCore", expected)
 
 
 def test_flash_attention() -> None:
@@ -57,7 +57,7 @@ def test_sinks_that_fill_their_blocks(flash_version: int | None) -> None:
     result = run(golden.base, setting, asked, generated, block_size=16, max_num_seqs=2, flash_version=flash_version)
     reference = from_folders(golden.base, golden.ahn, window, sinks)
     expected = [reference.generate(torch.tensor([prompt]), generated).tokens[0].tolist() for prompt in asked]
-    assert (result["workers"][0]["core"], result["tokens"]) == ("vllm_ahn.attention.gpu.compute", expected)
+    assert (result["workers"][0]["core"], result["tokens"]) == ("GPUCore", expected)
     assert bool(result["flash_calls"]) == (flash_version is not None)
 
 

@@ -29,7 +29,7 @@ def engine_logits(
     setting = {"checkpoint": str(paths.ahn), "window": window, "sinks": sinks}
     result = run(paths.base, setting, asked, MAX_TOKENS, logits=file, **arguments)
     (worker,) = result["workers"]
-    assert worker["core"] == "vllm_ahn.attention.gpu.compute"
+    assert worker["core"] == "GPUCore"
     sequences = [torch.tensor(prompt + tokens[:-1]) for prompt, tokens in zip(asked, result["tokens"], strict=True)]
     return sequences, torch.load(file), worker
 
@@ -47,7 +47,7 @@ def test_all_options(tmp_path: Path) -> None:
         block_size=16,
         max_num_batched_tokens=80,
         max_num_seqs=8,
-        constants={"metadata.QUERIES_PER_ROW": 32, "triton_attention.SEGMENTS": 4},
+        constants={"gpu.plan.MASKED_QUERIES": 32, "paged.triton.SEGMENTS": 4},
     )
     reference = from_folders(paths.base, paths.ahn, window, sinks, recurrence="naive")
     for sequence, got in zip(sequences, logits, strict=True):

@@ -1,7 +1,7 @@
-"""Where the memories live: page layouts, cache specs, and the managers that own the blocks.
+"""Where the memories live: cache specs, the managers that own the blocks, and what a layer keeps.
 
-Importing this package tells vLLM's registry which manager serves which spec. Specs reach the engine core by pickle,
-which imports them from here, so their managers come along, and a process without an AHN has neither.
+Importing this room tells vLLM which manager serves which spec. A model of ours imports it in the worker; in the
+engine's process the specs arrive by pickle, and bring it along.
 """
 
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry

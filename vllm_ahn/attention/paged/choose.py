@@ -1,13 +1,13 @@
-"""Which of vLLM's attention kernels attends: what ``--attention-backend`` says, Triton's where it says nothing."""
+"""Which of vLLM's attention kernels attends on a GPU: what ``--attention-backend`` says, else Triton's."""
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_ahn.attention.gpu.flash_attention import FlashAttention
-from vllm_ahn.attention.gpu.rows import PagedAttention
-from vllm_ahn.attention.gpu.triton_attention import TritonAttention
+from vllm_ahn.attention.paged import PagedAttention
+from vllm_ahn.attention.paged.flash import FlashAttention
+from vllm_ahn.attention.paged.triton import TritonAttention
 from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.errors import AHNError
 
@@ -38,6 +38,6 @@ def choose_attention(spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch
         num_heads=num_heads,
         version=version,
         device=device,
-        graph_rows=(graphs.max_cudagraph_capture_size or 0) if graphs.cudagraph_mode.has_full_cudagraphs() else 0,
+        graph_spans=(graphs.max_cudagraph_capture_size or 0) if graphs.cudagraph_mode.has_full_cudagraphs() else 0,
         graph_splits=attention_config.flash_attn_max_num_splits_for_cuda_graph,
     )

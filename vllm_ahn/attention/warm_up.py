@@ -1,23 +1,15 @@
-"""Compiles and tunes the Triton core's kernels before the first request needs them.
+"""Runs a layer's kernels before the first request needs them, where they are compiled and tuned at their first launch.
 
 vLLM warms up with prompts of a few tokens, none of which reaches the memory: without this, the first long request would
 wait for the compiler.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
-import triton
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ahn.attention.core import core
-from vllm_ahn.attention.gpu.backend import choose_attention
-from vllm_ahn.attention.gpu.plan import AHNGpuMetadataPlanner
+from vllm_ahn.attention.core import Layer, LayerInputs
 from vllm_ahn.cache.specs import window_spec
-
-if TYPE_CHECKING:
-    from vllm_ahn.attention.layer import AHNAttention
 
 CHUNK = 130
 """New tokens of the request that brings a chunk, more than two of the chunk kernels' own chunks."""
@@ -25,8 +17,8 @@ CHUNK = 130
 _warm: set[tuple[object, ...]] = set()
 
 
-def warm_up_once(layer: "AHNAttention") -> None:
-    """:func:`warm_up`, unless a layer like this one has been warmed up, or kernels are interpreted."""
+def warm_up_once(layer: Layer) -> None:
+    """:func:`warm_up`, unless nothing is compiled or a layer like this one has been warmed up."""
     assert layer.pages is not None and layer.state is not None and layer.state.pages is not None
     kind = (
         type(layer.memory),
@@ -35,13 +27,13 @@ def warm_up_once(layer: "AHNAttention") -> None:
         layer.pages.pages.device,
         layer.state.pages.layout,
     )
-    if kind not in _warm and not triton.knobs.runtime.interpret:
+    if layer.core.compiles and kind not in _warm:
         _warm.add(kind)
         warm_up(layer)
 
 
-def warm_up(layer: "AHNAttention") -> None:
-    """Run a step with a decode and a chunk past ``W + S``, and one with decodes alone, all in block 0.
+def warm_up(layer: Layer) -> None:
+    """Run a step with a decode and a chunk beyond ``W + S``, and one with decodes alone, all in block 0.
 
     vLLM never gives block 0 to a request.
     """
@@ -51,8 +43,7 @@ def warm_up(layer: "AHNAttention") -> None:
     layout, config = pages.layout, layer.config
     spec = window_spec(layout, window=config.window, sinks=config.sinks)
     device = pages.pages.device
-    attention = choose_attention(spec, layer.vllm_config, device)
-    planner = AHNGpuMetadataPlanner(spec, attention, max_requests=2, max_tokens=1 + CHUNK, device=device)
+    planner = layer.core.make_planner(spec, layer.vllm_config, device)
     state_table = torch.zeros((2, state_pages.layout.num_pages), dtype=torch.int32, device=device)
     for query_lens in ((1, CHUNK), (1, 1)):
         starts = torch.tensor((0, query_lens[0], sum(query_lens)), dtype=torch.int32)
@@ -75,4 +66,5 @@ def warm_up(layer: "AHNAttention") -> None:
         gates = torch.zeros((num_tokens, layer.num_heads, memory.spec.num_gates), device=device)
         z = torch.zeros((num_tokens, layer.num_heads), device=device)
         output = torch.empty_like(query)
-        core().run(layer, query, key, key, query, gates, z, output, planner.plan(common), state_table)
+        inputs = LayerInputs(query, key, key, query, gates, z, output)
+        layer.core.run(layer, inputs, planner.plan(common), state_table)
