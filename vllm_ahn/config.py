@@ -19,6 +19,9 @@ DEFAULT_WINDOW = 32640
 DEFAULT_SINKS = 128
 """S, tokens: the attention sinks of the paper's evaluation."""
 
+DEFAULT_LENGTH_FACTOR = 4
+"""Without ``max_model_len``, this multiple of W + S is served: at W + S the memory is never used."""
+
 MAX_LENGTH = 2**30
 """The largest window and the largest number of sinks, tokens: positions are 32-bit in the kernels."""
 
@@ -93,6 +96,11 @@ class AHNConfig:
     def capacity(self) -> int:
         """W + S: how many tokens a sequence can have before any leaves the window."""
         return self.window + self.sinks
+
+    @property
+    def default_max_model_len(self) -> int:
+        """Tokens of the longest sequence that is served if nothing else is asked for, unless the base has more."""
+        return DEFAULT_LENGTH_FACTOR * self.capacity
 
     def describe(self, base: str) -> str:
         """Return the configuration in a line, for messages; `base` is where a merged memory comes from."""

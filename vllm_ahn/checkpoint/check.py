@@ -27,6 +27,12 @@ class Checkpoint:
     """Of the AHN's own tensors; empty if no weights were asked for."""
     merged: bool
 
+    @property
+    def unused(self) -> dict[str, TensorHeader]:
+        """Those of `headers` that nothing reads, see `unused_tensors`."""
+        expected = expected_tensors(self.memory, self.shape, self.options)
+        return {name: header for name, header in self.headers.items() if name not in expected}
+
 
 def read_checkpoint(
     folder: pathlib.Path, label: str, *, base: tuple[str, BaseShape] | None = None, weights: bool = True

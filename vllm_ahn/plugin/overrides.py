@@ -10,9 +10,6 @@ from vllm_ahn.checkpoint import looks_merged
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
 
-DEFAULT_LENGTH_FACTOR = 4
-"""Without ``max_model_len``, this multiple of W + S is served: at W + S the memory is never used."""
-
 
 def has_sliding_window(base_config: Any) -> bool:
     """Return whether the base model, as Transformers reads its config, has a sliding window of its own."""
@@ -58,7 +55,7 @@ def rope_positions(config: AHNConfig, base_config: Any, max_model_len: int | Non
     if own is None or _scales_positions(base_config):
         return None
     if max_model_len is None or max_model_len == -1:
-        return max(own, DEFAULT_LENGTH_FACTOR * config.capacity)
+        return max(own, config.default_max_model_len)
     return max(own, max_model_len)
 
 
