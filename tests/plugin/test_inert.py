@@ -71,7 +71,7 @@ print(json.dumps({
 
 LIGHT = {
     "vllm_ahn", "vllm_ahn.bases", "vllm_ahn.config", "vllm_ahn.device", "vllm_ahn.errors", "vllm_ahn.checkpoint",
-    "vllm_ahn.memory", "vllm_ahn.memory.spec", "vllm_ahn.plugin",
+    "vllm_ahn.memory", "vllm_ahn.memory.spec", "vllm_ahn.plugin", "vllm_ahn.published",
 }  # fmt: skip
 """What a plain process has of this package, beside the modules of its plugin and of its checkpoint room."""
 
