@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from vllm_ahn.kernels.recurrence.shapes import check_sequence, compute_dtype
 from vllm_ahn.kernels.recurrence.triangular import unit_lower_inverse
 
-# exp(-104) is 0 in float32, and nothing in float64 either beside what is added in the same step.
 LOWEST_DECAY = -104.0
+"""Its exponential is 0 in float32, and nothing in float64 either beside what is added in the same step."""
 
-# Elements of one [heads, C, C] tensor that are worked on together: few enough to stay in the CPU's caches.
-SPAN_ELEMENTS = 1 << 18
+PARALLEL_ELEMENTS = 1 << 18
+"""Elements of one ``[heads, C, C]`` tensor that are worked on together: few enough to stay in the CPU's caches."""
 
 
 def chunk_recurrence(
@@ -69,12 +69,12 @@ def chunk_recurrence(
     stacked = (batch * kv_heads, group * value_dim, key_dim)
     factors = _Factors(g, b, size, chunks, scale, dtype)
     after_diagonal = torch.full((size, size), -torch.inf, dtype=dtype, device=q.device).triu(1)
-    span = max(1, SPAN_ELEMENTS // (batch * heads * size * size))
+    parallel = max(1, PARALLEL_ELEMENTS // (batch * heads * size * size))
     # Written in place without autograd, which would copy the whole of it once a chunk on its way back.
     o = q.new_empty(batch, chunks * size, heads, value_dim, dtype=dtype)
     pieces: list[torch.Tensor] = []
-    for first in range(0, chunks, span):
-        last = min(chunks, first + span)
+    for first in range(0, chunks, parallel):
+        last = min(chunks, first + parallel)
         keys = _by_chunk(k, first, last, size, dtype)
         queries = _by_chunk(q, first, last, size, dtype)
         values = _by_chunk(v, first, last, size, dtype).transpose(-1, -2).contiguous()
@@ -94,6 +94,7 @@ def chunk_recurrence(
             inverse_t = inverse.view(n, -1, size, size).transpose(-1, -2)
         for i in range(n):
             c = first + i
+            # U^T
             value = values[i].reshape(batch * kv_heads, 1, value_dim, size)
             update = value * factors.value[c].reshape(-1, group, 1, size)
             if delta:
@@ -101,6 +102,7 @@ def chunk_recurrence(
                 update.addcmul_(seen, factors.read[c].reshape(-1, group, 1, size), value=-1)
                 update = torch.bmm(update.reshape(-1, value_dim, size), inverse_t[i])
             update = update.reshape(-1, value_dim, size)
+            # O
             out = torch.bmm(queries[i].flatten(0, 1), state_t.transpose(1, 2))
             out = out.mul_(factors.exp_hi[c][..., None]).baddbmm_(scores[i], update.transpose(1, 2))
             out = out.view(batch, heads, size, value_dim).transpose(1, 2)
@@ -109,6 +111,7 @@ def chunk_recurrence(
                 pieces.append(out * factor)
             else:
                 torch.mul(out, factor, out=o[:, c * size : (c + 1) * size])
+            # M_next^T
             update = (update * factors.store[c][:, None, :]).reshape(-1, group * value_dim, size)
             state_t = (state_t * factors.carry[c][:, None, None]).view(stacked)
             state_t = state_t.baddbmm_(update, keys[i].flatten(0, 1)).view(-1, value_dim, key_dim)
@@ -118,7 +121,7 @@ def chunk_recurrence(
 
 
 class _Factors:
-    """Everything made of ``g`` and ``b``, for all chunks: ``[chunks, B * H, C]`` (``carry`` without C)."""
+    """What is made of ``g`` and ``b`` alone, for all chunks: ``[chunks, B * H, C]`` (``carry`` without C)."""
 
     def __init__(
         self, g: torch.Tensor, b: torch.Tensor, size: int, chunks: int, scale: float, dtype: torch.dtype
@@ -142,7 +145,7 @@ class _Factors:
 
 
 def _by_chunk(x: torch.Tensor, first: int, last: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens of chunks ``[first, last)`` of ``x [B, T, heads, D]`` as ``[n, B, heads, C, D]``, 0 past T."""
+    """Return tokens of chunks ``[first, last)`` of ``x [B, T, heads, D]`` as ``[n, B, heads, C, D]``, 0 past T."""
     batch, length, heads, dim = x.shape
     x = x[:, first * size : last * size]
     if last * size > length:

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-# Below this size one call of the library's triangular solver is faster than further halving.
 BASE = 8
+"""Below this size one call of the library's triangular solver is faster than further halving."""
 
 
 def _invert(strict: torch.Tensor) -> torch.Tensor:
-    """``inv(I + strict)`` for ``strict [N, C, C]``, of which only the strictly lower part is read."""
+    """Return ``inv(I + strict)`` for ``strict [N, C, C]``, of which only the strictly lower part is read."""
     batch, size, _ = strict.shape
     blocks = -(-size // BASE)
     inverse = torch.zeros_like(strict, memory_format=torch.contiguous_format)
@@ -58,11 +58,15 @@ class _UnitLowerInverse(torch.autograd.Function):
 
 
 def unit_lower_inverse(strict: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``I + strict`` for a batch of strictly lower triangular matrices.
+    """Return the inverse of ``I + strict`` for a batch of strictly lower triangular matrices.
 
-    ``strict [N, C, C]``, float32 or float64; its diagonal and upper part are never read. Returns
-    ``[N, C, C]``, unit lower triangular, differentiable once. Halves are inverted and joined, which is
-    forward substitution in blocks: as stable as substitution, unlike the series ``I - A + A^2 - ...``, whose
-    terms grow like binomials when keys repeat.
+    Halves are inverted and joined, which is forward substitution in blocks: as stable as substitution, unlike the
+    series ``I - A + A^2 - ...``, whose terms grow like binomials when keys repeat.
+
+    Args:
+        strict: ``[N, C, C]``, float32 or float64; its diagonal and upper part are never read.
+
+    Returns:
+        ``[N, C, C]``, unit lower triangular, differentiable once.
     """
     return _UnitLowerInverse.apply(strict)

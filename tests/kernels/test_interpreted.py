@@ -7,13 +7,23 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.gpu_path
+
 FOLDER = Path(__file__).parent / "interpreted"
 # flash-linear-attention and vLLM are imported for the interpreter, each in a process that other files need not share.
-WITH_FLA, WITH_VLLM = ["test_prefill_memory.py"], ["test_tables.py", "test_window_attention.py"]
-OTHERS = sorted({path.name for path in FOLDER.glob("test_*.py")} - {*WITH_FLA, *WITH_VLLM})
+SLOW = {
+    "decode": ["test_decode_memory.py"],
+    "with_fla": ["test_prefill_memory.py"],
+    "with_vllm": ["test_tables.py", "test_window_attention.py"],
+}
+OTHERS = sorted({path.name for path in FOLDER.glob("test_*.py")} - {name for names in SLOW.values() for name in names})
+GROUPS = [
+    pytest.param(OTHERS, id="others"),
+    *(pytest.param(names, id=group, marks=pytest.mark.slow) for group, names in SLOW.items()),
+]
 
 
-@pytest.mark.parametrize("names", [OTHERS, WITH_FLA, WITH_VLLM], ids=["others", "with_fla", "with_vllm"])
+@pytest.mark.parametrize("names", GROUPS)
 def test_in_interpreter(names: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(FOLDER / name) for name in names)],

@@ -124,16 +124,18 @@ def test_chunk_recurrence_equals_naive(shape: tuple[int, ...], delta: bool, pois
 
 
 @pytest.mark.parametrize("delta", [False, True])
-def test_chunk_recurrence_equals_naive_on_spans_of_chunks(delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_recurrence_equals_naive_however_many_chunks_at_once(
+    delta: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks worked on one, two and all at a time."""
     shape = (2, 100, 4, 2, 8, 6)
     inputs = make_inputs(shape, decay=1.0)
     wanted = naive(inputs, delta)
     for elements in (1, 2 * 2 * 4 * 16 * 16, 1 << 24):
-        monkeypatch.setattr("vllm_ahn.kernels.recurrence.chunk.SPAN_ELEMENTS", elements)
+        monkeypatch.setattr("vllm_ahn.kernels.recurrence.chunk.PARALLEL_ELEMENTS", elements)
         with torch.no_grad():
             got = chunk_recurrence(*inputs[:5], SCALE, delta, inputs[5], 16)
-        assert_same(got, wanted, 1e-10, f"span of {elements} elements")
+        assert_same(got, wanted, 1e-10, f"{elements} elements at once")
 
 
 @pytest.mark.parametrize("recurrence", [naive_recurrence, chunk_recurrence])
