@@ -1,5 +1,6 @@
 """Load reference models from checkpoint folders, with no help from the engine's loader."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_ahn.checkpoint.options import read_options
+from vllm_ahn.checkpoint.tensors import BaseShape, is_ahn_tensor
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
 from vllm_ahn.reference.base import BaseConfig
@@ -45,7 +48,7 @@ def from_folders(
     tensors = _read_tensors(base)
     ahn_config = base_config
     if ahn == NO_MEMORY:
-        tensors = {name: tensor for name, tensor in tensors.items() if not _is_memory(name)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_ahn_tensor(name)}
     elif ahn is not None:
         ahn_config = _read_config(ahn)
         tensors.update(_read_tensors(ahn))
@@ -58,9 +61,7 @@ def from_folders(
             window=window,
             sinks=sinks,
             checkpoint=None if ahn is None else str(ahn),
-            use_q_proj=bool(ahn_config.get("use_q_proj", False)),
-            use_router=bool(ahn_config.get("use_ahn_router", False)),
-            full_attention_layers=_layer_numbers(ahn_config.get("fa_layer_ids")),
+            **dataclasses.asdict(read_options(ahn_config, BaseShape.from_config(ahn_config), str(ahn or base))),
         )
     model = ReferenceModel(BaseConfig.from_dict(base_config), options, recurrence)
     _load(model, tensors, " + ".join(str(folder) for folder in (base, ahn) if folder is not None))
@@ -97,23 +98,19 @@ def new_memory(
     for module in model.modules():
         if isinstance(module, Memory):
             module.begin(slowest)
-    own = {name: tensor for name, tensor in model.state_dict().items() if _is_memory(name)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if is_ahn_tensor(name)}
     _load(model, _read_tensors(base) | own, str(base))
     for name, parameter in model.named_parameters():
-        if not _is_memory(name):
+        if not is_ahn_tensor(name):
             parameter.data = parameter.data.to(dtype)
     return model
-
-
-def _is_memory(name: str) -> bool:
-    return ".ahn.fn." in name or ".ahn_router." in name
 
 
 def _is_unused(name: str, model: ReferenceModel) -> bool:
     """Return whether a checkpoint may hold the tensor `name` although the model does not have it."""
     if name == "lm_head.weight":
         return model.base.tie_word_embeddings  # stored all the same, now and then
-    if model.ahn is None or model.ahn.memory is None or not _is_memory(name):
+    if model.ahn is None or model.ahn.memory is None or not is_ahn_tensor(name):
         return False
     if name.rpartition(".ahn.fn.")[2] in MEMORIES[model.ahn.memory].unused:
         return True
@@ -146,11 +143,3 @@ def _read_tensors(folder: PathLike) -> dict[str, torch.Tensor]:
     if not paths:
         raise AHNError(f"{folder}: no *.safetensors, expected a checkpoint's weights")
     return {name: tensor for path in paths for name, tensor in load_file(path).items()}
-
-
-def _layer_numbers(value: Any) -> tuple[int, ...]:
-    # "3,7", a list of numbers, "" or None.
-    if not value:
-        return ()
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(sorted({int(part) for part in parts}))

@@ -14,7 +14,7 @@ from vllm_ahn.tools.cost import command as cost
 from vllm_ahn.tools.distill import command as distill
 from vllm_ahn.tools.evaluate import command as evaluate
 from vllm_ahn.tools.evaluate import perplexity_command as perplexity
-from vllm_ahn.tools.evaluate import tasks_command as tasks
+from vllm_ahn.tools.evaluate import tasks
 from vllm_ahn.tools.tiny import command as make_tiny
 
 _COMMANDS = (

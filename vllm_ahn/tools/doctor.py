@@ -112,9 +112,9 @@ def _plugin(report: Report) -> None:
         report.problems.append(_short(error))
         return
     report.add("loaded by vLLM", "yes")
-    from vllm_ahn.models import AHN_ARCHITECTURES
+    from vllm_ahn.bases import BASES
 
-    report.add("base architectures", ", ".join(AHN_ARCHITECTURES))
+    report.add("base architectures", ", ".join(base.architecture for base in BASES))
 
 
 def _machine(report: Report) -> None:

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_ahn import published
+from vllm_ahn.bases import find_base
 from vllm_ahn.checkpoint import looks_merged, resolve
 from vllm_ahn.checkpoint.find import local_folder, split_revision
 from vllm_ahn.checkpoint.options import read_config, read_config_file, read_memory, read_options
 from vllm_ahn.checkpoint.tensors import BaseShape, positive_field
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin.overrides import ahn_architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Model:
                 base=self.name,
                 base_revision=None,
                 base_config=base_config,
-                load_format="dummy",
+                weights=False,
                 state_dtype=state_dtype,
             )
         if not looks_merged(base_config):
@@ -120,5 +120,5 @@ def find_model(name: str) -> Model:
     else:
         repository, revision = split_revision(name)
         config, label = read_config(local_folder(repository, revision, weights=False), name), f"{name}/config.json"
-    ahn_architecture(SimpleNamespace(**config), name)
+    find_base(config, name)
     return Model(name, label, config, ModelShape.from_config(config, label))
