@@ -1,4 +1,4 @@
-"""Reads samples, token sequences, from text files, JSON lines or data sets of the hub."""
+"""Read samples, token sequences, from text files, JSON lines or data sets of the hub."""
 
 from __future__ import annotations
 

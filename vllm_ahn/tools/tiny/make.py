@@ -1,4 +1,4 @@
-"""Writes tiny checkpoints: configurations, weights and a tokenizer."""
+"""Write tiny checkpoints: configurations, weights and a tokenizer."""
 
 from __future__ import annotations
 
