@@ -119,6 +119,9 @@ def show(url: str) -> None:
 def report(held: list[int], cache: dict[str, str], length: int) -> None:
     """Print what was held beside what full attention would have held for `length` tokens."""
     # Not above: importing vLLM takes some seconds, and the server is to start first.
+    from vllm_ahn.tools.quiet import quiet_vllm
+
+    quiet_vllm()
     from vllm_ahn.config import AHNConfig
     from vllm_ahn.tools.cost.allocation import EngineSettings, ahn_attention, full_attention
     from vllm_ahn.tools.cost.shape import find_model
