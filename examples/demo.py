@@ -1,10 +1,10 @@
-"""A small Qwen2 with an AHN, served by ``vllm serve`` and asked to go on with a program much longer than its window.
+"""Serve a small Qwen2 with an AHN and ask it to continue a program much longer than its window.
 
     python examples/demo.py        (or: make demo)
 
 The model is the one in ``examples/small_model``: 2.4 million parameters that have read Python's standard library, byte
 by byte. While the answer streams in, the demo reads the server's own metrics and shows what the request holds. Then it
-shows what the memory is worth: bits per byte of the same program with full attention, with the window alone, and with
+shows how much the memory helps: bits per byte of the same program with full attention, with the window alone, and with
 the memory.
 """
 
@@ -14,7 +14,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,12 +27,14 @@ from pathlib import Path
 
 from openai import OpenAI
 
+from small_model.recipe import use_own_commands
+
 MODEL = Path(os.path.relpath(Path(__file__).parent / "small_model"))
 BASE, AHN = MODEL / "base", MODEL / "gdn"
 WINDOW, SINKS, BLOCK = 64, 0, 16  # tokens
 ANSWER_TOKENS = 128
 PREFILL_SHOWS = 8
-"""Tokens of the answer until the server's gauge, which is of its last step, certainly shows a decode."""
+"""Tokens of the answer until the server's gauge, which is of its last step, certainly shows a decode step."""
 CACHE_BYTES = 64 << 20
 START_S = 180
 
@@ -65,22 +66,23 @@ PROGRAM = '''class Notebook:
     def __iter__(self):
         """Go through the pages, the oldest first."""
         return iter(self.'''
-"""What the model is asked to go on with."""
+"""What the model is asked to continue."""
 PROMPT_TOKENS = len(PROGRAM.encode())  # the small model reads bytes
 
 
 def main() -> None:
-    # A terminated demo must leave by the same door as a finished one, which ends the server.
+    use_own_commands()
+    # A terminated demo must end as a finished one does, with its server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="vllm-ahn-demo-") as folder:
         with serve(BASE, AHN, Path(folder, "server.log")) as url:
-            show(url, BASE)
+            show(url)
         heading("server stopped")
         compare(Path(folder))
 
 
-def show(url: str, base: Path) -> None:
-    """Asks the server at ``url`` and prints the answer and what it cost."""
+def show(url: str) -> None:
+    """Ask the server at `url`, and print the answer and what it cost."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
     windows = f"{PROMPT_TOKENS / WINDOW:.1f} windows of {WINDOW}"
@@ -111,42 +113,36 @@ def show(url: str, base: Path) -> None:
         f"\n\n{usage.completion_tokens} tokens after {usage.prompt_tokens}; the first after "
         f"{first - started:.2f} s, then {usage.completion_tokens / (finished - first):.0f} a second"
     )
-    report(watch.held(), watch.cache, base, length)
+    report(watch.held(), watch.cache, length)
 
 
-def report(held: list[int], cache: dict[str, str], base: Path, length: int) -> None:
-    """Prints what was held against what full attention would have held for ``length`` tokens."""
-    import json
+def report(held: list[int], cache: dict[str, str], length: int) -> None:
+    """Print what was held beside what full attention would have held for `length` tokens."""
+    # Not above: importing vLLM takes some seconds, and the server is to start first.
+    from vllm_ahn.tools.quiet import quiet_vllm
 
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    quiet_vllm()
+    from vllm_ahn.config import AHNConfig
+    from vllm_ahn.tools.cost.allocation import EngineSettings, ahn_attention, full_attention
+    from vllm_ahn.tools.cost.shape import find_model
 
-    from vllm_ahn.kernels.pages import WindowPageLayout
-    from vllm_ahn.memory.spec import MEMORIES
-
-    config = json.loads((base / "config.json").read_text())
-    layers, kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
-    head_size = config["hidden_size"] // config["num_attention_heads"]
-    gates = MEMORIES["GatedDeltaNet"].num_gates * config["num_attention_heads"] // kv_heads
-    block, blocks = int(cache["block_size"]), int(cache["num_gpu_blocks"])
-    ahn_bytes = layers * WindowPageLayout(kv_heads, head_size, gates, block, torch.float32).page_bytes
-    full_bytes = (
-        layers
-        * FullAttentionSpec(
-            block_size=block, num_kv_heads=kv_heads, head_size=head_size, dtype=torch.float32
-        ).page_size_bytes
-    )
-    pool_bytes = int(cache["kv_cache_memory_bytes"])
+    config = AHNConfig("GatedDeltaNet", WINDOW, SINKS)
+    shape = find_model(str(BASE)).shape
+    settings = EngineSettings("float32", block_size=int(cache["block_size"]))
+    full = full_attention(shape, settings, length, "float32")
+    full_blocks, full_bytes = full.held_blocks, full.block_bytes
+    ahn_bytes = ahn_attention(shape, settings, length, config).block_bytes
+    blocks, pool_bytes = int(cache["num_gpu_blocks"]), int(cache["kv_cache_memory_bytes"])
     if pool_bytes // ahn_bytes != blocks:
         sys.exit(f"the server made {blocks} blocks of {pool_bytes} bytes, expected {pool_bytes // ahn_bytes}")
     if not held:
         sys.exit("the answer came faster than the metrics: nothing was seen while decoding")
 
-    most, full_blocks = max(held), -(-length // block)
+    most = max(held)
     heading("cache that this request held while it was decoding")
     print(
         f"the server's own vllm:kv_cache_usage_perc, read {len(held)} times: {min(held)} to {most} of its {blocks} "
-        f"blocks of {block} tokens"
+        f"blocks of {settings.block_size} tokens"
     )
     print(f"{'':28}{'blocks':>8}{'bytes/block':>14}{'bytes':>12}")
     print(f"{'AHN, measured':28}{most:>8}{ahn_bytes:>14,}{most * ahn_bytes:>12,}")
@@ -157,7 +153,7 @@ def report(held: list[int], cache: dict[str, str], base: Path, length: int) -> N
 
 
 class Watch:
-    """Reads the server's metrics over and over, in a thread, until the block ends."""
+    """A thread that reads the server's metrics over and over until the block ends."""
 
     def __init__(self, url: str) -> None:
         self.url = f"{url}/metrics"
@@ -191,14 +187,14 @@ class Watch:
                 self.seen.append((float(generated[1]), float(usage[1])))
 
     def held(self) -> list[int]:
-        """Blocks in use, each time they were read while the answer was generated and any were."""
+        """Return the blocks in use, for each reading while the answer was generated."""
         usable = int(self.cache["num_gpu_blocks"]) - 1  # vLLM sets one aside, and counts without it
         return [round(usage * usable) for generated, usage in self.seen if generated >= PREFILL_SHOWS and usage > 0]
 
 
 @contextlib.contextmanager
 def serve(base: Path, ahn: Path | None, log: Path) -> Iterator[str]:
-    """Runs ``vllm serve`` until the block ends; gives its URL once it is ready."""
+    """Run ``vllm serve`` until the block ends; yield its URL once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -211,11 +207,7 @@ def serve(base: Path, ahn: Path | None, log: Path) -> Iterator[str]:
     heading("$ " + shlex.join(command))
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [program(command[0]), *command[1:]],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            start_new_session=True,
+            command, stdout=sink, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
         )
     try:
         started = time.monotonic()
@@ -240,44 +232,39 @@ def serve(base: Path, ahn: Path | None, log: Path) -> Iterator[str]:
         process.wait()
 
 
-def program(name: str) -> str:
-    """The command `name` of this environment, whether it is activated or not."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    return found or sys.exit(f"there is no command `{name}` in this environment")
-
-
 def environment() -> dict[str, str]:
-    """One thread, which is best for a small model."""
+    """Return the environment of an engine with one thread, which is fastest for a small model."""
     values = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     values.pop("VLLM_CPU_KVCACHE_SPACE", None)
     return values
 
 
 def healthy(url: str) -> bool:
+    """Return whether the server answers."""
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
         return bool(response.status == 200)
     return False
 
 
 def compare(folder: Path) -> None:
-    """Prints what full attention, the window alone and the memory make of the program."""
+    """Print bits per byte of the program with full attention, the window alone and the memory."""
     text = folder / "program.txt"
     text.write_text(PROGRAM)
     command = ["vllm-ahn", "perplexity", str(BASE), "--ahn", str(AHN), "--text", str(text), "--window", str(WINDOW)]
     command += ["--sinks", str(SINKS), "--context", str(PROMPT_TOKENS), "--dtype", "float32"]
     command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), "--engine-args", '{"enforce_eager": true}']
     heading("$ " + shlex.join(command))
-    subprocess.run([program(command[0]), *command[1:]], check=True, env=environment())
+    subprocess.run(command, check=True, env=environment())
 
 
 CONTROL = dict.fromkeys({*range(32), 127, 0xFFFD} - {9, 10}, ".")
-"""What a terminal should not be sent, should a model of bytes say it."""
-
+"""Replaces what a terminal should not get, in case a model of bytes answers with it."""
 
 CLEAR = "\r" if sys.stdout.isatty() else ""
 
 
 def heading(text: str) -> None:
+    """Print `text`, bold in a terminal, after an empty line."""
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 

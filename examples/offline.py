@@ -1,4 +1,4 @@
-"""A base model with an AHN, offline.
+"""Generate text with a base model and an AHN, offline.
 
     python examples/offline.py BASE CKPT [--window N] [--sinks N] [--prompt TEXT]
 
@@ -19,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("base")
     parser.add_argument("checkpoint")
-    parser.add_argument("--window", type=int, help="tokens seen exactly; default 32640")
-    parser.add_argument("--sinks", type=int, help="first tokens that stay visible; default 128")
+    parser.add_argument("--window", type=int, help="W, tokens that are seen exactly (default: 32640)")
+    parser.add_argument("--sinks", type=int, help="S, first tokens that stay visible (default: 128)")
     parser.add_argument("--prompt", default="Once upon a time there was a transformer that forgot nothing. " * 20)
     args = parser.parse_args()
 

@@ -10,7 +10,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from vllm_ahn.bases import BASES as FAMILIES
 from vllm_ahn.memory.spec import MEMORIES, SHORT_NAMES
+
+FAMILY = next(family for family in FAMILIES if family.model_type == "qwen2")
+"""All published bases are of this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +50,8 @@ class PublishedBase:
         The pretrained models differ in ``max_position_embeddings`` and ``rms_norm_eps``, on which no size depends.
         """
         return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": [FAMILY.architecture],
+            "model_type": FAMILY.model_type,
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
             "num_attention_heads": self.heads,
@@ -93,7 +97,7 @@ class PublishedAHN:
         """The values of its ``config.json`` that say what it is."""
         return self.base.config | {
             "_ahn_implementation": self.memory,
-            "_layer_implementation": "Qwen2MemDecoderLayer",
+            "_layer_implementation": FAMILY.layer_implementation,
         }
 
 

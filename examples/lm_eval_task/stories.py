@@ -10,6 +10,6 @@ from datasets import Dataset
 
 
 def load(**metadata: Any) -> dict[str, Dataset]:
-    """The stories, as the split ``test``. lm-eval passes the task's metadata, which changes nothing here."""
+    """Return the stories, as the split ``test``. lm-eval passes the task's metadata, which changes nothing here."""
     lines = (Path(__file__).parent / "stories.jsonl").read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}

@@ -1,7 +1,7 @@
 """The text that the small model learns: the sources of Python's own standard library, which every Python has.
 
-Files are sorted by name, and every sixteenth is held out. What was read is named by a hash: another release of Python
-has other sources, and gives another model.
+Files are sorted by name, and every sixteenth is held out. A hash identifies the text: another release of Python has
+other sources, and gives another model.
 
     python examples/small_model/corpus.py FOLDER        writes train.txt and held_out.txt
 """
@@ -15,7 +15,7 @@ import sysconfig
 from dataclasses import dataclass
 
 EXCLUDED = ("test", "tests", "encodings", "site-packages", "dist-packages", "__pycache__", "lib2to3")
-"""Folders that not every installation has, or that hold tables instead of text."""
+"""Folders that not every installation has, or that hold tables rather than text."""
 
 HELD_OUT_EVERY = 16
 """One file in this many is for evaluation."""
@@ -34,7 +34,7 @@ class Corpus:
 
 
 def read_corpus() -> Corpus:
-    """The standard library of the Python that runs this."""
+    """Read the standard library of the Python that runs this."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     texts, digest = [], hashlib.sha256()
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
@@ -51,7 +51,7 @@ def read_corpus() -> Corpus:
 
 
 def write_corpus(folder: pathlib.Path) -> Corpus:
-    """Writes ``train.txt`` and ``held_out.txt``, the texts one after another."""
+    """Write ``train.txt`` and ``held_out.txt``, the texts one after another."""
     corpus = read_corpus()
     folder.mkdir(parents=True, exist_ok=True)
     for name, texts in (("train", corpus.train), ("held_out", corpus.held_out)):

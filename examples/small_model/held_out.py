@@ -1,4 +1,4 @@
-"""What the memories of the small model are worth: bits per byte on held-out text, by the engine's log-probabilities.
+"""How much the memories of the small model help: bits per byte on held-out text, by the engine's log-probabilities.
 
     python examples/small_model/held_out.py FOLDER [--windows 32 64 128 256] [--context 1024] [--limit 100]
 
@@ -15,28 +15,25 @@ import json
 import math
 import pathlib
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
 from corpus import write_corpus
-from reproduce import MEMORIES, find_own_commands, memories_in
+from recipe import MEMORIES, memories_in, use_own_commands
 
 ENGINE = '{"max_num_batched_tokens": 1024, "enforce_eager": true}'
-"""Long steps, since time counts more here than an exact curve of the cache."""
+"""Long steps: time matters more here than an exact curve of the cache."""
 
 RATIO = 8
-"""Windows of the shortest figure."""
+"""Windows up to which the first figure counts."""
 
 Bits = dict[str, float]
 """Bits per byte: ``full``, ``window`` and each memory there is."""
 
 
 def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int, limit: int) -> dict[str, Bits]:
-    """Bits beyond the window by the position up to which they count."""
+    """Return the bits beyond the window, by the position up to which they count."""
     memories = memories_in(folder)
     with tempfile.TemporaryDirectory() as work:
         report = pathlib.Path(work) / "report.json"
@@ -60,18 +57,18 @@ def measure(folder: pathlib.Path, text: pathlib.Path, window: int, context: int,
 
 
 def bits_between(buckets: Sequence[dict[str, Any]], first: int, last: int) -> float:
-    """Bits per byte of the tokens that were predicted from more than `first` and at most `last` tokens before them."""
+    """Return the bits per byte of tokens predicted from more than `first` and at most `last` tokens."""
     chosen = [bucket for bucket in buckets if first < bucket["start"] and bucket["end"] <= last + 1]
     return sum(bucket["nats"] for bucket in chosen) / math.log(2) / sum(bucket["bytes"] for bucket in chosen)
 
 
 def recovered(bits: Bits, memory: str) -> float:
-    """The share of what the window loses that a memory wins back."""
+    """Return the share of the window's loss that a memory recovers."""
     return (bits["window"] - bits[memory]) / (bits["window"] - bits["full"])
 
 
 def table(results: dict[str, dict[str, Bits]]) -> str:
-    """A row a window and a last position."""
+    """Format the results as Markdown, a row a window and a last position."""
     memories = [name for name in MEMORIES if all(name in bits for ends in results.values() for bits in ends.values())]
     lines = [
         "| window | bytes | full attention | window alone | " + " | ".join(f"AHN-{name}" for name in memories) + " |",
@@ -94,7 +91,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=100)
     args = parser.parse_args()
-    find_own_commands()
+    use_own_commands()
     with tempfile.TemporaryDirectory() as work:
         corpus = write_corpus(pathlib.Path(work))
         text = pathlib.Path(work) / "held_out.txt"

@@ -1,10 +1,10 @@
-"""What the small model's memories recall to the letter: values whose keys are asked for again, later.
+"""What the small model's memories recall word for word: values whose keys are asked for again, later.
 
     python examples/small_model/recall.py FOLDER [--window 64] [--lines 1 2 4 ...] [--questions 100]
 
-A prompt is a class of made-up names, ``key_value = None`` a line, and then one of the keys once more. Counted is how
-often a byte of its value is the model's first choice, and what it costs in bits, by the engine's log-probabilities,
-over the lines that lie between: within the window, and far beyond it. FOLDER holds ``base`` and the memories ``gdn``,
+A prompt is a class of made-up names, ``key_value = None`` a line, and then one of the keys once more. It counts how
+often a byte of the key's value is the model's first choice, and its bits by the engine's log-probabilities, over the
+number of lines between: within the window, and far beyond it. FOLDER holds ``base`` and the memories ``gdn``,
 ``dn``, ``mamba2``. Writes ``recall.json`` and ``recall.svg`` into it.
 """
 
@@ -15,14 +15,11 @@ import json
 import math
 import pathlib
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
-from reproduce import memories_in
+from recipe import memories_in
 
 SEED = 7
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
@@ -39,7 +36,7 @@ class Question:
 
     @classmethod
     def draw(cls, rng: random.Random, lines: int) -> Question:
-        """A table in which `lines` lines lie from the start of the one asked for to the question."""
+        """Draw a table with `lines` lines from the start of the one asked for to the question."""
         names = [name(rng) for _ in range(2 * (lines + 1))]
         rows = list(zip(names[::2], names[1::2], strict=True))
         key, value = rows[1]
@@ -49,12 +46,12 @@ class Question:
 
 
 def name(rng: random.Random) -> str:
-    """Six letters."""
+    """Draw six letters."""
     return "".join(rng.choices(SYLLABLES, k=3))
 
 
 def ask(base: pathlib.Path, ahn: str | None, window: int, questions: Sequence[Question]) -> list[list[Any]]:
-    """For each question the engine's log-probability and rank of each byte of the value."""
+    """Return the engine's log-probability and rank of each byte of each question's value."""
     import vllm
 
     import vllm_ahn
@@ -78,7 +75,7 @@ def ask(base: pathlib.Path, ahn: str | None, window: int, questions: Sequence[Qu
 
 
 def measure(folder: pathlib.Path, window: int, lines: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """A row a method: label, and for each number of lines the share of bytes recalled and their bits."""
+    """Return a row a method: label, and for each number of lines the share of bytes recalled and their bits."""
     rng = random.Random(SEED)
     questions = {n: [Question.draw(rng, n) for _ in range(count)] for n in lines}
     asked = [question for n in lines for question in questions[n]]
@@ -99,13 +96,13 @@ def measure(folder: pathlib.Path, window: int, lines: Sequence[int], count: int)
 
 
 def line_bytes() -> int:
-    """Bytes of a line, and so tokens."""
+    """Return the bytes of a line, each of which is a token."""
     rng = random.Random(SEED)
     return len(LINE.format(key=name(rng), value=name(rng)))
 
 
 def plot(rows: Sequence[dict[str, Any]], distances: Sequence[int], window: int, path: pathlib.Path) -> None:
-    """Draws both figures over the distance in bytes."""
+    """Draw both figures over the distance in bytes."""
     import matplotlib
 
     matplotlib.use("Agg")

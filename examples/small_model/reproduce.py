@@ -1,10 +1,10 @@
-"""Make the small model from nothing: base, three memories, what they are worth and what they recall.
+"""Make the small model from scratch: base, three memories, how much they help and what they recall.
 
     python examples/small_model/reproduce.py FOLDER [--effort SHARE]        (or: make small-model)
 
 FOLDER, new or empty, becomes what ``examples/small_model`` holds: ``base``, ``gdn``, ``dn`` and ``mamba2``, which
-``vllm serve`` takes, with the records of their training, and the figures. A run that was cut short is begun anew. It
-takes an hour and three quarters on two cores; with an effort of 0.5 an hour, and base and memories have learnt less.
+``vllm serve`` takes, with the records of their training, and the figures. A run that was cut short starts over. It
+takes 1 3/4 hours on two cores; with an effort of 0.5 one hour, and base and memories have then learnt less.
 """
 
 from __future__ import annotations
@@ -20,63 +20,20 @@ import sys
 import time
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
 from corpus import Corpus, write_corpus
+from recipe import MEMORIES, TEXT, distill_command, use_own_commands
 
 HERE = pathlib.Path(__file__).parent
 
-TEXT = "text"
-"""Folder of the texts while they are needed."""
-
-RECIPE = [
-    "--data", f"{TEXT}/train.txt", "--length", "512", "--sink-choices", "0", "--max-ratio", "17", "--batch-size", "8",
-    "--micro-batch", "8", "--learning-rate", "4e-3", "--warm-up", "0.05", "--seed", "1", "--dtype", "bfloat16",
-    "--no-checkpointing", "--save-every", "250",
-]  # fmt: skip
-"""Of every memory."""
-
-STEPS = 2400
-
-MEMORIES = {
-    "gdn": ["--lossless", "32", "32", "64", "64", "128", "256", "--use-q-proj"],
-    "dn": ["--lossless", "32", "64", "128", "256"],
-    "mamba2": ["--lossless", "32", "64", "128", "256"],
-}
-"""Names of memories and folders, and what is theirs alone: GatedDeltaNet sees short windows, where most is to be
-remembered, in two thirds of its batches; the others would then do harm just behind the longest."""
-
-
-def memories_in(folder: pathlib.Path) -> list[str]:
-    """The memories that `folder` holds."""
-    return [name for name in MEMORIES if (folder / name).is_dir()]
-
-
-def find_own_commands() -> None:
-    """Lets ``vllm-ahn`` be the command of this environment, whether it is activated or not."""
-    os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-
-def share_of(steps: int, effort: float) -> int:
-    """The steps that an effort of 0.5, say, takes of all."""
-    return max(1, round(steps * effort))
-
 
 def train_base(folder: pathlib.Path, effort: float) -> None:
+    """Train the base, in ``base``."""
     command = [sys.executable, str(HERE / "train_base.py"), str(folder / "base"), "--effort", str(effort)]
     subprocess.run(command, check=True)
 
 
-def distill_command(name: str, effort: float = 1.0) -> list[str]:
-    """What trains a memory, in the folder that holds base and text."""
-    steps = str(share_of(STEPS, effort))
-    return [
-        "vllm-ahn", "distill", "base", "--memory", name, "--output", name, *RECIPE, "--steps", steps, *MEMORIES[name],
-    ]  # fmt: skip
-
-
 def train_memories(folder: pathlib.Path, corpus: Corpus, effort: float) -> None:
-    """All at once, each on a core of its own as long as there are some, and writes ``training.json`` beside each."""
+    """Train all memories at once, each on a core of its own if there are as many; write ``training.json`` for each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     running = {}
@@ -104,7 +61,7 @@ def train_memories(folder: pathlib.Path, corpus: Corpus, effort: float) -> None:
 
 
 def write_record(folder: pathlib.Path, command: list[str], corpus: Corpus, seconds: int) -> None:
-    """``training.json``: what it takes to make the memory again."""
+    """Write ``training.json``: what it takes to make the memory again."""
     record: dict[str, Any] = {
         "command": " ".join(command),
         "data": {"sha256": corpus.sha256},
@@ -124,7 +81,7 @@ def main() -> None:
         sys.exit(f"--effort is {args.effort}, expected a share of the steps, as 0.5 or 1")
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty, expected a new folder")
-    find_own_commands()
+    use_own_commands()
     corpus = write_corpus(folder / TEXT)
     train_base(folder, args.effort)
     train_memories(folder, corpus, args.effort)

@@ -1,4 +1,4 @@
-"""Train the small base model from nothing, on a CPU: a Qwen2 of 2.4 million parameters that reads bytes.
+"""Train the small base model from scratch, on a CPU: a Qwen2 of 2.4 million parameters that reads bytes.
 
     python examples/small_model/train_base.py OUTPUT [--effort SHARE]
 
@@ -13,7 +13,6 @@ import json
 import math
 import pathlib
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,18 +21,15 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
 from corpus import read_corpus
-from reproduce import share_of
-
+from recipe import share_of
 from vllm_ahn.tools.tiny.tokenizer import MIN_VOCAB, write_tokenizer
 
 SEED = 1
 STEPS = 1500
 TOKENS_PER_STEP = 8192
 STAGES = ((0.7, 512), (0.3, 2048))
-"""Share of the steps, and tokens of a sequence in it. What is far apart is learnt last, on few long sequences."""
+"""Shares of the steps, and tokens of a sequence in each. Long distances are learnt last, on few long sequences."""
 
 MATRIX_RATE = 0.02
 """Learning rate of Muon, for the matrices of the layers."""
@@ -44,7 +40,7 @@ WARM_UP = 0.02
 
 
 def small_config() -> Qwen2Config:
-    """The shape: four heads of 64, two of keys and values."""
+    """Return the shape: four heads of 64, two of keys and values."""
     return Qwen2Config(
         vocab_size=MIN_VOCAB,
         hidden_size=256,
@@ -63,7 +59,7 @@ def small_config() -> Qwen2Config:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], seed: int | None) -> torch.Tensor:
-    """All texts in one row of tokens, in random order if there is a seed, with the end of text between them."""
+    """Join all texts to one row of tokens, in random order if there is a seed, with the end of text between them."""
     order = (
         torch.arange(len(texts))
         if seed is None
@@ -75,7 +71,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], seed: int | Non
 
 
 def batches(tokens: torch.Tensor, length: int, seed: int) -> Iterator[torch.Tensor]:
-    """``[TOKENS_PER_STEP / length, length]`` from random places, for ever."""
+    """Yield ``[TOKENS_PER_STEP / length, length]`` from random places, for ever."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(tokens) - length, (TOKENS_PER_STEP // length,), generator=generator)
@@ -83,6 +79,7 @@ def batches(tokens: torch.Tensor, length: int, seed: int) -> Iterator[torch.Tens
 
 
 def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the layers, and AdamW for all else."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -94,7 +91,7 @@ def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
 
 @torch.no_grad()
 def bits_per_byte(model: Qwen2ForCausalLM, tokens: torch.Tensor, length: int) -> float:
-    """Mean over held-out tokens; a token is a byte."""
+    """Return the mean over held-out tokens; a token is a byte."""
     model.eval()
     rows = tokens[: len(tokens) // length * length].view(-1, length)
     losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows[:: max(1, len(rows) // 32)]]
@@ -103,6 +100,7 @@ def bits_per_byte(model: Qwen2ForCausalLM, tokens: torch.Tensor, length: int) ->
 
 
 def train(output: pathlib.Path, steps: int) -> dict[str, Any]:
+    """Train for `steps` and write the checkpoint to `output`. Return the record, ``training.json``."""
     torch.manual_seed(SEED)
     output.mkdir(parents=True, exist_ok=True)
     write_tokenizer(output, MIN_VOCAB)

@@ -19,13 +19,13 @@ from support.paths import EXAMPLES
 from vllm_ahn.tools.cli import distill
 
 FOLDER = EXAMPLES / "small_model"
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(FOLDER))  # where Python puts it for ``python examples/small_model/x.py``
 
-corpus, held_out, recall, reproduce, train_base = map(
-    importlib.import_module, ("corpus", "held_out", "recall", "reproduce", "train_base")
+corpus, held_out, recall, recipe, train_base = map(
+    importlib.import_module, ("corpus", "held_out", "recall", "recipe", "train_base")
 )
 
-MEMORIES = tuple(reproduce.MEMORIES)
+MEMORIES = tuple(recipe.MEMORIES)
 WINDOW, CONTEXT, STRETCHES = 32, 512, 16
 
 
@@ -56,6 +56,7 @@ def bits_beyond_window(stretches: list[list[int]], ahn: str | None) -> float:
     return -sum(logprobs) / len(logprobs) / math.log(2)
 
 
+@pytest.mark.slow
 def test_every_memory_helps(stretches: list[list[int]]) -> None:
     full = bits_beyond_window(stretches, None)
     window = bits_beyond_window(stretches, "none")
@@ -70,9 +71,9 @@ def test_the_records_are_of_these_files() -> None:
     distill.add_arguments(parser)
     for name in MEMORIES:
         record = json.loads((FOLDER / name / "training.json").read_text())
-        recorded, recipe = record["command"].split(), reproduce.distill_command(name)
-        assert recorded[:2] == recipe[:2] == ["vllm-ahn", "distill"]
-        assert parser.parse_args(recorded[2:]) == parser.parse_args(recipe[2:])
+        recorded, command = record["command"].split(), recipe.distill_command(name)
+        assert recorded[:2] == command[:2] == ["vllm-ahn", "distill"]
+        assert parser.parse_args(recorded[2:]) == parser.parse_args(command[2:])
         assert record["data"]["sha256"] == training["data"]["sha256"]
     evaluation = json.loads((FOLDER / "evaluation.json").read_text())
     assert evaluation["data_sha256"] == training["data"]["sha256"]
@@ -91,6 +92,7 @@ def test_the_text_is_not_what_is_held_out(texts: Any) -> None:
     assert not set(texts.train) & set(texts.held_out)
 
 
+@pytest.mark.slow
 def test_training_begins(texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some small steps of the base: the loss falls, and what is written has the shape of what is there."""
     few = corpus.Corpus(texts.train[:20], texts.held_out[:3], texts.sha256)

@@ -1,6 +1,5 @@
 """Training an AHN: only the memory learns, from the base with full attention; a run resumes as if never cut short."""
 
-import contextlib
 import dataclasses
 import json
 import random
@@ -23,7 +22,7 @@ from vllm_ahn.tools.cli import main
 from vllm_ahn.tools.distill import lengths
 from vllm_ahn.tools.distill.data import Samples, read_samples
 from vllm_ahn.tools.distill.model import Distillation
-from vllm_ahn.tools.distill.run import distill
+from vllm_ahn.tools.distill.run import distill, last_checkpoint
 from vllm_ahn.tools.distill.settings import Settings
 from vllm_ahn.tools.tiny import make_tiny
 
@@ -178,7 +177,7 @@ def test_a_killed_run_resumes(base: Path, text: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not is_complete(cut / "checkpoint-4"):
+    while last_checkpoint(cut) is None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -190,13 +189,6 @@ def test_a_killed_run_resumes(base: Path, text: Path, tmp_path: Path) -> None:
     for name in first:
         assert torch.equal(first[name], second[name]), name
     assert losses(whole) == losses(cut)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the trainer has written all of it, the state last."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))
-    return False
 
 
 @pytest.mark.slow
@@ -324,3 +316,13 @@ def test_a_run_resumes_with_its_own_settings_only(base: Path, text: Path, tmp_pa
         distill(asked)
     with pytest.raises(AHNError, match=r"--resume: steps is 3, expected 2 as in .*distill\.json"):
         distill(dataclasses.replace(asked, resume=True, steps=3))
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((8, "{}"), (12, "{}"), (16, '{"epoch"')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / "checkpoint-old").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    assert last_checkpoint(tmp_path / "nowhere") is None

@@ -10,6 +10,7 @@ import shutil
 from importlib import metadata
 
 from vllm_ahn import __version__, plugin
+from vllm_ahn.errors import first_line
 from vllm_ahn.plugin import compat
 from vllm_ahn.tools.quiet import quiet_vllm
 
@@ -93,7 +94,7 @@ def _versions(report: Report) -> None:
     except Exception as error:
         present = [name for name in BREAKS_TRANSFORMERS if _version(name)]
         advice = f": uninstall {', '.join(present)}, which text models do not need" if present else ""
-        report.problems.append(f"import transformers fails ({_short(error)}){advice}")
+        report.problems.append(f"import transformers fails ({first_line(error)}){advice}")
 
 
 def _plugin(report: Report) -> None:
@@ -109,7 +110,7 @@ def _plugin(report: Report) -> None:
         plugin.require()
     except Exception as error:
         report.add("loaded by vLLM", "no")
-        report.problems.append(_short(error))
+        report.problems.append(first_line(error))
         return
     report.add("loaded by vLLM", "yes")
     from vllm_ahn.bases import BASES
@@ -122,7 +123,7 @@ def _machine(report: Report) -> None:
         from vllm.platforms import current_platform
     except Exception as error:
         report.add("platform", "unknown")
-        report.problems.append(f"vLLM cannot be imported ({_short(error)})")
+        report.problems.append(f"vLLM cannot be imported ({first_line(error)})")
         return
     try:
         name = current_platform.get_device_name()
@@ -154,7 +155,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -23,7 +23,7 @@ from vllm_ahn.checkpoint.tensors import (
     expected_tensors,
     state_bytes,
 )
-from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, STATE_DTYPES
+from vllm_ahn.config import STATE_DTYPES, AHNConfig
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.arguments import add_state_dtype
 
@@ -87,7 +87,7 @@ def describe(
     used = expected_tensors(checkpoint.memory, shape, options)
     found = {name: header.shape for name, header in checkpoint.headers.items()} if problem is None else used
     parameters = count_parameters(checkpoint.memory, shape, options)
-    lossless = DEFAULT_WINDOW + DEFAULT_SINKS
+    served = AHNConfig(checkpoint.memory, state_dtype=state_dtype)
     return {
         "checkpoint": name,
         "files_read": problem is None,
@@ -106,10 +106,10 @@ def describe(
         "parameters_millions": round(parameters / 1e6, 1),
         "unused_parameters": sum(math.prod(dims) for tensor, dims in found.items() if tensor not in used),
         "serving": {
-            "window": DEFAULT_WINDOW,
-            "sinks": DEFAULT_SINKS,
-            "lossless_tokens": lossless,
-            "max_model_len": 4 * lossless,
+            "window": served.window,
+            "sinks": served.sinks,
+            "lossless_tokens": served.capacity,
+            "max_model_len": served.default_max_model_len,
             "state_shape_per_layer": [shape.num_attention_heads, shape.head_dim, shape.head_dim],
             "state_dtype": state_dtype,
             "state_bytes_per_sequence": state_bytes(shape, options, getattr(torch, state_dtype).itemsize),
@@ -122,10 +122,10 @@ def _patterns(found: dict[str, tuple[int, ...]], used: Iterable[str]) -> list[di
     # some layers use it.
     layers: collections.Counter[tuple[str, bool, tuple[int, ...]]] = collections.Counter()
     for tensor, shape in found.items():
-        layers[re.sub(r"\.layers\.\d+\.", ".layers.N.", tensor), tensor in used, shape] += 1
+        layers[re.sub(r"\.layers\.\d+\.", ".layers.N.", tensor), tensor not in used, shape] += 1
     return [
-        {"name": name, "shape": list(shape), "layers": count, "used": is_used}
-        for (name, is_used, shape), count in sorted(layers.items())
+        {"name": name, "shape": list(shape), "layers": count, "used": not unused}
+        for (name, unused, shape), count in sorted(layers.items())
     ]
 
 

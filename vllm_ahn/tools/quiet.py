@@ -1,4 +1,4 @@
-"""Keeps vLLM's own log out of the output of a command."""
+"""Keep vLLM's own log out of the output of a command."""
 
 import logging
 import os

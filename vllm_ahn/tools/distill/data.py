@@ -1,4 +1,4 @@
-"""Reads samples, token sequences, from text files, JSON lines or data sets of the hub."""
+"""Read samples, token sequences, from text files, JSON lines or data sets of the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from vllm_ahn.errors import AHNError
+from vllm_ahn.errors import AHNError, first_line
 from vllm_ahn.tools.distill import lengths
 from vllm_ahn.tools.distill.settings import Settings
 
@@ -132,9 +132,8 @@ def _load_rows(source: str) -> Any:
     try:
         return datasets.load_dataset(source, split="train")
     except Exception as error:  # the network, the hub, a name that is none
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AHNError(
-            f"--data {source}: no such file, and no data set of that name can be loaded ({reason})"
+            f"--data {source}: no such file, and no data set of that name can be loaded ({first_line(error)})"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Draws windows and sinks at random, so that one memory serves them all."""
+"""Draw windows and sinks at random, so that one memory serves them all."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +10,6 @@ import pathlib
 from typing import Any
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_ahn.checkpoint.check import read_checkpoint
 from vllm_ahn.checkpoint.find import local_folder, split_revision
@@ -75,15 +75,26 @@ def distill(settings: Settings) -> pathlib.Path:
 
 
 def _check_output(settings: Settings, output: pathlib.Path) -> str | None:
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
     if settings.resume:
+        last = last_checkpoint(output)
         if last is None:
             raise AHNError(f"--resume: no checkpoint in {output}, expected the --output of a run that was cut short")
         _check_same_run(settings, output)
-        return last
+        return str(last)
     # What the first has written already, the others find there.
     if is_first_process() and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AHNError(f"--output {output}: exists, expected a new or empty folder, or --resume to continue a run")
+    return None
+
+
+def last_checkpoint(output: pathlib.Path) -> pathlib.Path | None:
+    """Return the newest checkpoint in `output` that is whole: a run may have ended while it wrote one."""
+    steps = [folder.name.rpartition("-")[2] for folder in output.glob("checkpoint-*")]
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        folder = output / f"checkpoint-{step}"
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # the trainer writes it last
+            return folder
     return None
 
 

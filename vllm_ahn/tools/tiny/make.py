@@ -1,41 +1,20 @@
-"""Writes tiny checkpoints: configurations, weights and a tokenizer."""
+"""Write tiny checkpoints: configurations, weights and a tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
+from vllm_ahn.bases import BASES
 from vllm_ahn.checkpoint.options import read_options
 from vllm_ahn.checkpoint.tensors import BaseShape
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.tiny.tokenizer import count_tokens, write_tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class ModelType:
-    """What a tiny base of one ``model_type`` is like."""
-
-    architecture: str
-
-    free_head_dim: bool = False
-    """A head may have another size than hidden / heads. Here it then has twice that, as in some real ones."""
-
-    tied: bool = False
-    """The embedding is the output matrix as well, unless the caller says otherwise."""
-
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further values of its ``config.json``."""
-
-
-MODEL_TYPES = {
-    "qwen2": ModelType("Qwen2ForCausalLM"),
-    "qwen3": ModelType("Qwen3ForCausalLM", free_head_dim=True, tied=True, config={"attention_bias": False}),
-}
-"""By ``model_type``. Which tensors such a base has is for `vllm_ahn.reference` to say."""
+MODEL_TYPES = {base.model_type: base for base in BASES}
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -102,8 +81,8 @@ def make_tiny(
         seed: of the weights.
         merged: write base and AHN into one checkpoint.
         layers, hidden, intermediate, heads, kv_heads, vocab, max_position_embeddings: sizes of the base.
-        head_dim: None is hidden / heads, or what `ModelType.free_head_dim` says.
-        tie_word_embeddings: None is `ModelType.tied`.
+        head_dim: None is hidden / heads, or twice that for a base with a `Base.default_head_dim`.
+        tie_word_embeddings: None is true for a base with a `Base.default_head_dim` only.
         use_q_proj, use_router, fa_layer_ids: options of the AHN, as its ``config.json`` has them.
         dtype: one of `DTYPES`.
         shards: files that the weights of a checkpoint are split into, with an index if more than one.
@@ -125,14 +104,15 @@ def make_tiny(
     for name, count in (("heads", heads), ("shards", shards), ("intermediate", intermediate)):
         if count < 1:
             raise AHNError(f"make-tiny: {name} is {count}, expected at least 1")
-    base_type = MODEL_TYPES[model_type]
-    if not base_type.free_head_dim and head_dim not in (None, hidden // heads):
+    # Where a head may have another size than hidden / heads, it has, and the embedding is tied: so both are met.
+    own_head_dim = MODEL_TYPES[model_type].default_head_dim is not None
+    if not own_head_dim and head_dim not in (None, hidden // heads):
         raise AHNError(
             f"make-tiny: head_dim is {head_dim}, expected hidden / heads for {model_type}, {hidden // heads}"
         )
     end_of_text, end_of_turn = count_tokens(vocab) - 3, count_tokens(vocab) - 1
     config: dict[str, Any] = {
-        "architectures": [base_type.architecture],
+        "architectures": [MODEL_TYPES[model_type].architecture],
         "attention_dropout": 0.0,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_turn,
@@ -150,16 +130,15 @@ def make_tiny(
         "rope_scaling": None,
         "rope_theta": 10000.0,
         "sliding_window": max_position_embeddings,
-        "tie_word_embeddings": base_type.tied if tie_word_embeddings is None else tie_word_embeddings,
+        "tie_word_embeddings": own_head_dim if tie_word_embeddings is None else tie_word_embeddings,
         "torch_dtype": dtype,
         "transformers_version": "4.51.0",
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": vocab,
-        **base_type.config,
     }
-    if base_type.free_head_dim:
-        config["head_dim"] = head_dim or 2 * hidden // heads
+    if own_head_dim:
+        config |= {"attention_bias": False, "head_dim": head_dim or 2 * hidden // heads}
     shape = BaseShape.from_config(config, "make-tiny")
     if shape.head_dim % 2:
         raise AHNError(f"make-tiny: head_dim is {shape.head_dim}, expected an even number, since RoPE turns pairs")
