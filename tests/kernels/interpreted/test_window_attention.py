@@ -5,13 +5,17 @@ Triton's kernel runs in the interpreter, FlashAttention is emulated; see ``flash
 
 import dataclasses
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from support import flash_emulation
+from vllm_ahn.attention.core import LayerInputs
 from vllm_ahn.attention.gpu import plan as gpu_plan
+from vllm_ahn.attention.gpu.compute import GPUCore
 from vllm_ahn.attention.gpu.plan import GPUPlan, GPUPlanner
 from vllm_ahn.attention.paged import PagedAttention
 from vllm_ahn.attention.paged.flash import FlashAttention
@@ -225,6 +229,18 @@ def test_what_flash_attention_is_asked() -> None:
         assert windowed.schedule.data_ptr() != flash.kept.data_ptr() and flash._max_splits(windowed) == 0
     (windowed,) = planner(batch, "flash2").plan(batch.common).windowed
     assert windowed.schedule is None
+
+
+@pytest.mark.parametrize("kernel", ["triton", "flash2", "flash3"])
+def test_tensors_that_are_padded_for_a_graph(kernel: str) -> None:
+    """Piecewise graphs pad the layers' tensors, and not the plan."""
+    batch = make_batch(64, 16, 16, [(200, 1), (100, 30), (0, 9)])
+    padded = torch.nn.functional.pad(batch.query, (0, 0, 0, 0, 0, 24), value=float("nan"))
+    key = torch.full((len(padded), KV_HEADS, HEAD_SIZE), float("nan"))
+    inputs = LayerInputs(padded, key, key, padded, None, None, torch.full_like(padded, float("nan")))
+    layer: Any = SimpleNamespace(pages=batch.pages, memory=None, full_attention=False, scale=SCALE)
+    GPUCore().run(layer, inputs, planner(batch, kernel).plan(batch.common), None)
+    torch.testing.assert_close(inputs.output[: len(batch.expected)], batch.expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("queries_per_span, block_size", [(1, 1), (7, 1), (64, 1), (16, 16), (48, 16)])

@@ -53,9 +53,10 @@ class GPUCore:
         write_window_pages(
             inputs.key, inputs.value, inputs.gates, plan.slot_mapping, pages.keys, pages.values, pages.gates
         )
-        query = inputs.query[: plan.num_tokens]
+        # Tensors may be padded to the size of a CUDA graph, and FlashAttention takes no output longer than its queries.
+        query, output = inputs.query[: plan.num_tokens], inputs.output[: plan.num_tokens]
         for spans in [plan.causal] if layer.full_attention else plan.windowed:
-            plan.attention.attend(pages, query, inputs.output, spans, layer.scale)
+            plan.attention.attend(pages, query, output, spans, layer.scale)
         if memory is None:
             return
         assert layer.state is not None and layer.state.pages is not None and state_table is not None

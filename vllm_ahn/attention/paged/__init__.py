@@ -22,7 +22,7 @@ class PagedAttention(Protocol):
         Args:
             pages: the layer's pages.
             query: ``[num_tokens, num_heads, head_size]``, the batch's queries.
-            output: likewise, at least as long; written where a span has a query.
+            output: shaped like ``query``; written where a span has a query.
             spans: what sees what.
             scale: factor on scores.
         """
