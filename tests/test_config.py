@@ -67,7 +67,10 @@ def test_parse_length_reads_numbers_and_leaves_the_rest() -> None:
         ({"memory": "Mamba2", "revision": "main"}, "revision is 'main', but there is no checkpoint"),
         ({"memory": None, "use_router": True}, "memory is None, expected neither a checkpoint nor options"),
         ({"memory": "Mamba2", "use_router": 1}, "use_router is 1, expected true or false"),
-        ({"memory": "Mamba2", "use_q_proj": True}, "use_q_proj is for GatedDeltaNet only"),
+        (
+            {"memory": "Mamba2", "use_q_proj": True},
+            "use_q_proj is true, expected false for Mamba2: only GatedDeltaNet",
+        ),
         ({"memory": "Mamba2", "full_attention_layers": "3,7"}, "full_attention_layers is '3,7'"),
         ({"memory": "Mamba2", "full_attention_layers": [-1]}, "expected a tuple of layer numbers"),
         ({"memory": "Mamba2", "full_attention_layers": [True]}, "expected a tuple of layer numbers"),

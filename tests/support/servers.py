@@ -88,8 +88,15 @@ def serve(model: Path, *arguments: str, log: Path, env: dict[str, str]) -> Itera
 
     Raises ``AssertionError`` with the end of the log if it does not come up.
     """
+    with start([program("vllm"), "serve", str(model), *arguments], log=log, env=env) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def start(command: list[str], *, log: Path, env: dict[str, str]) -> Iterator[Server]:
+    """`serve` for any command that starts a server and takes ``--host`` and ``--port``."""
     port = free_port()
-    command = [program("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, preexec_fn=end_with_parent)
