@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from support.paths import EXAMPLES
 from support.servers import environment, run
@@ -21,6 +22,8 @@ def row(printed: str, name: str) -> list[int]:
     return [int(number.replace(",", "")) for number in match[1].split()]
 
 
+@pytest.mark.slow
+@pytest.mark.server
 def test_demo(tmp_path: Path) -> None:
     result = run([sys.executable, str(DEMO)], env=environment(tmp_path / "cache"), timeout=240)
     printed = result.stdout

@@ -9,6 +9,8 @@ import pytest
 
 from support.paths import BENCHMARKS
 
+pytestmark = pytest.mark.slow
+
 REPORT = BENCHMARKS / "compile_report.py"
 KERNELS = {
     "compact_kernel",

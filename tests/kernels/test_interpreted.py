@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.gpu_path]
+
 FOLDER = Path(__file__).parent / "interpreted"
 # flash-linear-attention and vLLM are imported for the interpreter, each in a process that other files need not share.
 WITH_FLA, WITH_VLLM = ["test_prefill_memory.py"], ["test_tables.py", "test_window_attention.py"]
