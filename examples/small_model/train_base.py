@@ -26,7 +26,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from corpus import read_corpus
 from reproduce import share_of
-
 from vllm_ahn.tools.tiny.tokenizer import MIN_VOCAB, write_tokenizer
 
 SEED = 1
