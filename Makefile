@@ -3,8 +3,8 @@ SHELL := /bin/bash
 # PyTorch's CPU build is not on every machine there for every Python: the pinned one is sure to be there for 3.11.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
-# Tests of one file stay in one process, so that what a file sets up is set up once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Tests of one file stay in one process, so that what a file sets up is set up once. Files with slow tests come first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 EFFORT ?= 1
 

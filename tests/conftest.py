@@ -25,6 +25,12 @@ os.environ.update(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests, so that no worker waits long for another's last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def needles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """lm-eval's own generator of RULER's samples, without downloads: one short sample instead of 500 long ones.

@@ -1,7 +1,7 @@
 """The GPU path end to end: vLLM's V2 model runner and Triton kernels in the interpreter give the golden tokens.
 
-The interpreter takes a second for some ten tokens of a prompt, so the prompts are the shorter ones and the tokens the
-first ones: requests come to W + S in a prompt and in a decode, and to the end of a block in both.
+In the interpreter a step of three decodes takes a second and 100 tokens of a prompt take five. So the prompts are the
+shorter ones, and the tokens the first: requests pass W + S, and the end of a block, in a prompt and in a decode.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.golden_data import CONFIGURATIONS, GENERATED, Golden
+from support.golden_data import CONFIGURATIONS, Golden
 from support.interpreted_engine import TWO_PROCESSES, run
 from vllm_ahn.reference import from_folders
 
@@ -18,8 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.gpu_path]
 V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
 UP_TO = 100
 """Tokens of the longest prompt, three times W + S."""
-FIRST = 18
+FIRST = 14
 """Tokens for each prompt: the shortest, of 20, crosses W + S = 32."""
+FROM_THE_EDGE = 5
+"""Tokens for each prompt where the shortest has 32 itself."""
+FEW_SEGMENTS = {"paged.triton.SEGMENTS": 4}
+"""Of the 16 parts of a decode's keys, which the interpreter takes one after the other. Engines of several processes and
+``test_v1_runner`` have all of them."""
 
 
 def continuations(golden: Golden, lengths: tuple[int, ...], generated: int = FIRST, **arguments: Any) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def short(golden: Golden) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("golden", CONFIGURATIONS.values(), ids=lambda golden: golden.name)
 def test_all_lengths_in_one_batch(golden: Golden) -> None:
-    constants = {"gpu.plan.MASKED_QUERIES": 40, "paged.triton.SEGMENTS": 4}
+    constants = {"gpu.plan.MASKED_QUERIES": 40, **FEW_SEGMENTS}
     result = continuations(golden, short(golden), block_size=16, max_num_seqs=8, constants=constants)
     assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER]
 
@@ -49,7 +54,7 @@ def test_sinks_and_window_without_a_memory() -> None:
     golden = CONFIGURATIONS["gdn_qwen2"]
     asked = [golden.case(length).prompt.tolist() for length in short(golden)]
     setting = {"checkpoint": "none", "window": golden.window, "sinks": golden.sinks}
-    result = run(golden.base, setting, asked, 3, block_size=16, max_num_seqs=8)
+    result = run(golden.base, setting, asked, 3, block_size=16, max_num_seqs=8, constants=FEW_SEGMENTS)
     reference = from_folders(golden.base, "none", golden.window, golden.sinks)
     expected = [reference.generate(torch.tensor([prompt]), 3).tokens[0].tolist() for prompt in asked]
     assert (result["workers"][0]["core"], result["tokens"]) == ("GPUCore", expected)
@@ -69,7 +74,16 @@ def test_sinks_that_fill_their_blocks(flash_version: int | None) -> None:
     golden, window, sinks, generated = CONFIGURATIONS["gdn_qwen2"], 32, 16, 3
     asked = [golden.case(length).prompt.tolist() for length in (37, 100)]
     setting = {"checkpoint": str(golden.ahn), "window": window, "sinks": sinks}
-    result = run(golden.base, setting, asked, generated, block_size=16, max_num_seqs=2, flash_version=flash_version)
+    result = run(
+        golden.base,
+        setting,
+        asked,
+        generated,
+        block_size=16,
+        max_num_seqs=2,
+        flash_version=flash_version,
+        constants=FEW_SEGMENTS,
+    )
     reference = from_folders(golden.base, golden.ahn, window, sinks)
     expected = [reference.generate(torch.tensor([prompt]), generated).tokens[0].tolist() for prompt in asked]
     assert (result["workers"][0]["core"], result["tokens"]) == ("GPUCore", expected)
@@ -79,7 +93,8 @@ def test_sinks_that_fill_their_blocks(flash_version: int | None) -> None:
 def test_chunks_of_64_tokens() -> None:
     """Chunks that begin inside ``W + S`` and end past it, beside decodes and short requests."""
     golden = CONFIGURATIONS["gdn_qwen2"]
-    continuations(golden, short(golden), max_num_batched_tokens=64, max_num_seqs=8, warm_up=True)
+    arguments = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "constants": FEW_SEGMENTS}
+    continuations(golden, short(golden), warm_up=True, **arguments)
 
 
 def test_preemption_and_stale_rows() -> None:
@@ -88,28 +103,29 @@ def test_preemption_and_stale_rows() -> None:
     result = continuations(
         golden,
         (100, 37, 100, 20, 37, 32),
-        GENERATED,
         block_size=16,
         max_model_len=160,
         max_num_seqs=3,
         max_num_batched_tokens=64,
         num_gpu_blocks_override=15,
+        constants=FEW_SEGMENTS,
     )
     assert result["preemptions"] > 0
 
 
 def test_v1_runner() -> None:
     golden = CONFIGURATIONS["dn_qwen3"]
-    result = continuations(golden, (20, 37), environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}, max_num_seqs=2)
+    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    result = continuations(golden, (32, 37), FROM_THE_EDGE, environment=environment, max_num_seqs=2)
     assert result["workers"][0]["runner"] != V2_RUNNER
 
 
-@pytest.mark.parametrize("name", ["mamba2_qwen2", "dn_qwen3"])
-def test_two_tensor_parallel_processes(name: str) -> None:
+def test_two_tensor_parallel_processes() -> None:
     """Heads, gates and states are split; Mamba2's norm is a sum over both."""
     result = continuations(
-        CONFIGURATIONS[name],
-        (20, 37),
+        CONFIGURATIONS["mamba2_qwen2"],
+        (32, 37),
+        FROM_THE_EDGE,
         environment=TWO_PROCESSES,
         distributed_executor_backend="mp",
         tensor_parallel_size=2,
@@ -123,7 +139,8 @@ def test_two_pipeline_stages() -> None:
     """Each process has layers, weights, pages and states of its own, and metadata for them."""
     result = continuations(
         CONFIGURATIONS["gdn_qwen2"],
-        (20, 37),
+        (32, 37),
+        FROM_THE_EDGE,
         environment=TWO_PROCESSES,
         distributed_executor_backend="mp",
         pipeline_parallel_size=2,

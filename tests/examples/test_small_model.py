@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,16 @@ import pytest
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
+import corpus
+import held_out
+import recall
+import recipe
+import train_base
 from support.engines import engine
 from support.paths import EXAMPLES
 from vllm_ahn.tools.cli import distill
 
 FOLDER = EXAMPLES / "small_model"
-sys.path.insert(0, str(FOLDER))  # where Python puts it for ``python examples/small_model/x.py``
-
-corpus, held_out, recall, recipe, train_base = map(
-    importlib.import_module, ("corpus", "held_out", "recall", "recipe", "train_base")
-)
-
 MEMORIES = tuple(recipe.MEMORIES)
 WINDOW, CONTEXT, STRETCHES = 32, 512, 16
 

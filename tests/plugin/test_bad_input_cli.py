@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.paths import TESTS
 from vllm_ahn.tools.tiny import make_tiny
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "model.layers.1.ahn.fn"
-DRIVER = TESTS / "support" / "serve_driver.py"
+pytestmark = pytest.mark.slow
+
 OTHER_COMMANDS = ("bench", "run-batch")
 TIMEOUT = 60  # seconds a refused server may take to end
 
@@ -247,7 +247,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_PLUGINS", None)
     subprocess.run(
-        [sys.executable, DRIVER, tmp / "cases.json", tmp / "results.json"],
+        [sys.executable, "-m", "support.serve_driver", tmp / "cases.json", tmp / "results.json"],
         env=environment, check=True, capture_output=True, timeout=TIMEOUT * len(cases),
     )  # fmt: skip
     results = json.loads((tmp / "results.json").read_text())

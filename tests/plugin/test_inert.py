@@ -92,6 +92,7 @@ def probe(base: Path, **environment: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_process_without_an_ahn(tiny: TinyPaths) -> None:
     """Its arguments, its configuration, its help and its modules, with the plugin and without."""
     plain, ours = probe(tiny.base, VLLM_PLUGINS=""), probe(tiny.base)

@@ -139,6 +139,8 @@ def test_target_modules_are_the_bases(tiny: TinyPaths, targets: list[str]) -> No
     assert wrapped == {f"model.layers.{i}.self_attn.{name}" for i in range(3) for name in expected}
 
 
+@pytest.mark.slow
+@pytest.mark.server
 def test_server(tiny: TinyPaths, ahn_adapter: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """``vllm serve --enable-lora --lora-modules``: adapters are models of their own; a bad one that is loaded later is
     answered with the sentence, and the server goes on."""

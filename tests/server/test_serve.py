@@ -19,6 +19,8 @@ from support.servers import Server, environment, serve
 from vllm_ahn.reference import from_folders
 from vllm_ahn.tools.tiny.tokenizer import write_tokenizer
 
+pytestmark = [pytest.mark.slow, pytest.mark.server]
+
 GOLDEN = CONFIGURATIONS["gdn_qwen2"]
 VOCAB = 512
 SMALL = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--distributed-executor-backend", "uni")

@@ -1,18 +1,22 @@
-"""One engine on the GPU path without a GPU: the V2 model runner and all Triton kernels, interpreted on the CPU.
+"""Engines on the GPU path without a GPU: the V2 model runner and all Triton kernels, interpreted on the CPU.
 
 vLLM's CPU platform takes its V2 model runner as soon as it finds a Triton backend named "cpu" in the process, which
 ``interpreter.install()`` puts there; ``VLLM_AHN_TRITON=1`` then chooses the Triton core of AHN layers. All of it has to
-be in place before vLLM is imported, so every engine has a process of its own: :func:`run` starts one. With several
-workers vLLM starts their processes, which import this file again as their main module.
+be in place before vLLM is imported, which takes ten seconds. So this file is also a program that imports what an engine
+needs and then forks a process of its own for each engine that :func:`run` asks it for. With several workers vLLM starts
+their processes, which import this file again as their main module.
 """
 
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if __name__ in ("__main__", "__mp_main__"):
     from support import interpreter
@@ -31,6 +35,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+
+ENDED = "the job has ended\n"
 
 TWO_PROCESSES = {
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
@@ -53,7 +59,7 @@ def run(
     flash_version: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Greedy continuations from an interpreted engine in a process of its own.
+    """Continue prompts greedily with an interpreted engine in a process of its own.
 
     Args:
         base: the base model's folder.
@@ -70,7 +76,7 @@ def run(
         arguments: the engine's.
 
     Returns:
-        ``tokens``, a list for each prompt; ``preemptions``; ``vllm``; for each worker in ``workers`` what ran in it:
+        ``tokens``, a list for each prompt; ``preemptions``; for each worker in ``workers`` what ran in it:
         ``runner``, ``core``, ``layers``, ``state_dtypes``; ``flash_calls``, see ``flash_emulation.calls``.
     """
     job = {
@@ -84,20 +90,49 @@ def run(
         "flash_version": flash_version,
         "arguments": arguments if logits is None else {"logprobs_mode": "raw_logits", **arguments},
     }
-    process = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | ENVIRONMENT | (environment or {}),
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
-    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return result
+    return _starter(tuple((environment or {}).items())).run(job)
+
+
+@functools.cache
+def _starter(environment: tuple[tuple[str, str], ...]) -> "_Starter":
+    return _Starter(dict(environment))
+
+
+class _Starter:
+    """The program below: a process that forks one for each job, with these variables beside :data:`ENVIRONMENT`."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        from support.servers import end_with_parent
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "support.interpreted_engine"],
+            env=os.environ | ENVIRONMENT | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=end_with_parent,
+        )
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            self.process.stdin.write(json.dumps({**job, "folder": folder}) + "\n")
+            self.process.stdin.flush()
+            said = []
+            for line in self.process.stdout:
+                said.append(line)
+                if line == ENDED:
+                    break
+            log, result = Path(folder, "log"), Path(folder, "result.json")
+            said += [log.read_text()] if log.exists() else []
+            assert result.exists(), "".join(said)[-10000:]
+            values: dict[str, Any] = json.loads(result.read_text())
+            return values
 
 
 def prepare(worker: Any, warm_up: bool) -> dict[str, Any]:
-    """Run in each worker before any request: poison its pages, say what it is."""
+    """Poison a worker's pages before any request, and return what the worker is."""
     from vllm_ahn.attention.layer import AHNAttention, AHNState
     from vllm_ahn.attention.warm_up import warm_up as warm_up_layer
 
@@ -119,15 +154,44 @@ def prepare(worker: Any, warm_up: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do the job on standard input; the last line of standard output is the result."""
+    """Fork a process for each job on standard input, a line each, and say when it has ended."""
+    import support.engines  # noqa: F401  and with it vLLM
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            child(json.loads(line))
+        os.waitpid(pid, 0)
+        sys.stdout.write(ENDED)
+        sys.stdout.flush()
+
+
+def child(job: dict[str, Any]) -> NoReturn:
+    """Do a job, with what is printed and its result in files of the job's folder, and leave."""
+    from support.servers import end_with_parent
+
+    end_with_parent()
+    log = os.open(Path(job["folder"], "log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        result = json.dumps(do(job))
+        Path(job["folder"], "result.json").write_text(result)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """Run a job's engine."""
     import torch
-    import vllm
 
     from support import flash_emulation
     from support.engines import engine, greedy, metric
     from vllm_ahn.plugin import limits
 
-    job = json.load(sys.stdin)
     for name, value in job["constants"].items():
         module, constant = name.rsplit(".", 1)
         owner = importlib.import_module(f"vllm_ahn.attention.{module}")
@@ -141,16 +205,15 @@ def main() -> None:
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
         workers = llm.collective_rpc(prepare, args=(job["warm_up"],))
         results = greedy(llm, job["prompts"], job["max_tokens"], logprobs=-1 if job["logits"] else None)
-        result = {
-            "tokens": [tokens for tokens, _ in results],
-            "preemptions": metric(llm, "vllm:num_preemptions"),
-            "vllm": vllm.__version__,
-            "workers": workers,
-            "flash_calls": flash_emulation.calls,
-        }
+        preemptions = metric(llm, "vllm:num_preemptions")
     if job["logits"]:
         torch.save([logits for _, logits in results], job["logits"])
-    print(json.dumps(result))
+    return {
+        "tokens": [tokens for tokens, _ in results],
+        "preemptions": preemptions,
+        "workers": workers,
+        "flash_calls": flash_emulation.calls,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs many ``vllm serve`` command lines, each in a process of its own, for the price of importing vLLM once.
 
-    python tests/support/serve_driver.py CASES.json RESULTS.json
+    python -m support.serve_driver CASES.json RESULTS.json
 
 CASES.json is a list of lists of arguments after ``vllm``. The real entry point of the ``vllm`` command runs
 each of them in a fork of this process; RESULTS.json gets, for each, its exit code, what it wrote to stdout

@@ -99,7 +99,7 @@ def start(command: list[str], *, log: Path, env: dict[str, str]) -> Iterator[Ser
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, preexec_fn=_end_with_parent)
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, preexec_fn=end_with_parent)
     try:
         _wait_until_ready(process, url, log)
         yield Server(url, log)
@@ -115,7 +115,7 @@ def run(command: list[str], *, env: dict[str, str] | None = None, timeout: float
         stderr=subprocess.PIPE,
         text=True,
         env=env,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
     try:
         out, err = process.communicate(timeout=timeout)
@@ -160,6 +160,6 @@ def _wait_until_ready(process: subprocess.Popen[Any], url: str, log: Path) -> No
         time.sleep(0.2)
 
 
-def _end_with_parent() -> None:
-    # Tests that are killed cannot clean up: then the kernel ends the server, which ends its own processes.
+def end_with_parent() -> None:
+    """Let the kernel end this process, which then ends its own, when its parent is killed and cannot clean up."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
