@@ -59,8 +59,9 @@ BLOCKS = [block for page in PAGES for block in documents.blocks(page)]
 
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for entry in ("LICENSE", "benchmarks", "examples", "requirements"):
-        (tmp_path / entry).symlink_to(ROOT / entry)
+    for entry in ROOT.iterdir():
+        if entry.name not in ("build", "dist") and not entry.name.startswith("."):
+            (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
