@@ -59,8 +59,9 @@ BLOCKS = [block for page in PAGES for block in documents.blocks(page)]
 
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for entry in ("LICENSE", "benchmarks", "examples", "requirements"):
-        (tmp_path / entry).symlink_to(ROOT / entry)
+    for entry in ROOT.iterdir():
+        if entry.name not in ("build", "dist") and not entry.name.startswith("."):
+            (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
@@ -99,12 +100,14 @@ def check_session(blocks: list[Block], folder: Path) -> None:
                 assert matches(command.output, printed), f"{block.where}: {command.line} prints\n{printed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands(page: Path, session: Path) -> None:
     """Commands are taken by their parsers, and print what the page shows."""
     check_session([block for block in BLOCKS if block.page == page], session)
 
 
+@pytest.mark.slow
 def test_programs(session: Path) -> None:
     """Programs of the repository take the arguments that pages give them."""
     lines = programs(BLOCKS)
@@ -133,6 +136,7 @@ def check_python(text: str) -> None:
             exec(compile(ast.Module([node], []), "imports", "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=lambda block: block.where)
 def test_python(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks run, with a random model in place of the published one and with the engine's settings of these tests."""

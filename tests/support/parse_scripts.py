@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import runpy
 import sys
 from pathlib import Path
@@ -43,7 +44,11 @@ def main() -> None:
         raise Parsed
 
     argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
-    json.dump([problem(words) for words in json.load(sys.stdin)], sys.stdout)
+    import vllm  # noqa: F401 - once for all
+
+    # A process each: programs have neighbours of the same names.
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        json.dump(pool.map(problem, json.load(sys.stdin), chunksize=1), sys.stdout)
 
 
 if __name__ == "__main__":
