@@ -51,10 +51,11 @@ class InProcess:
         monkeypatch.setattr(vllm_causallms, "LLM", self._engine)
 
     def close(self) -> None:
-        """Ends the engine."""
-        self._arguments, self._llm = "", None
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        """Ends the engine, if there is one."""
+        if self._llm is not None:
+            self._arguments, self._llm = "", None
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
     def _engine(self, **arguments: Any) -> Any:
         if self._arguments != (written := json.dumps(arguments, sort_keys=True)):
