@@ -1,24 +1,26 @@
-"""Whether two engines with the same weights give the same greedy answers, as far as rounding lets them.
+"""Whether an engine's greedy answers are those they should be, as far as rounding lets them.
 
 Tokens alone cannot tell. Between the two most likely of 150,000 tokens there is often less than what bfloat16 rounds
-off, and after one token that differs everything does. So the log-probabilities of the most likely tokens are compared
-at every step, to a tolerance; the first step at which the engines choose differently, allowed only if by their own
-figures both tokens were about as likely, ends the comparison of that answer, as the contexts differ from there on.
+off, and after one token that differs everything does. So `compare` compares the log-probabilities of the most likely
+tokens at every step, to a tolerance; the first step at which two engines choose differently, allowed only if by their
+own figures both tokens were about as likely, ends the comparison of that answer, as the contexts differ from there on.
+Where weights are on disk, `check_past` asks the reference in float32 instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from stepped_engine import Choice
+from engines import Choice, EngineProcess, Prompt
+from report import Mismatch
+
+if TYPE_CHECKING:
+    from vllm_ahn.reference import ReferenceModel
 
 LEAST_COMPARED = 0.5
 """Share of the tokens that must have been compared for an agreement to count."""
-
-
-class Mismatch(Exception):
-    """Two engines differ by more than rounding; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,7 @@ class Agreement:
     difference: float
     """Largest difference between two log-probabilities of one token."""
 
-    def describe(self) -> str:
-        """In a line."""
+    def __str__(self) -> str:
         ties = self.compared - self.equal
         ended = f", {ties} answers ended early at a near-tie" if ties else ""
         within = f"log-probabilities differ by at most {self.difference:.2g}"
@@ -45,20 +46,24 @@ class Agreement:
 def compare(
     expected: Sequence[Sequence[Choice]], got: Sequence[Sequence[Choice]], tolerance: float, names: Sequence[str]
 ) -> Agreement:
-    """Compares answers to the same prompts, step by step.
+    """Compare answers to the same prompts, step by step.
 
-    ``tolerance`` is the largest difference of a log-probability, in nats; ``names`` are the answers' for messages.
-    Raises `Mismatch` where they differ by more, or if too little could be compared.
+    Args:
+        expected: one engine's answers.
+        got: the other's.
+        tolerance: largest difference of a log-probability, in nats.
+        names: the answers' names, for messages.
+
+    Raises:
+        Mismatch: they differ by more, or too little could be compared.
     """
     tokens = sum(len(answer) for answer in expected)
     compared = equal = 0
     difference = 0.0
     for name, mine, theirs in zip(names, expected, got, strict=True):
         for step, (one, other) in enumerate(zip(mine, theirs, strict=True)):
-            differences = {
-                token: abs(one.logprobs[token] - other.logprobs[token])
-                for token in one.logprobs.keys() & other.logprobs
-            }
+            both = one.logprobs.keys() & other.logprobs
+            differences = {token: abs(one.logprobs[token] - other.logprobs[token]) for token in both}
             for token in (one.token, other.token):
                 if token not in differences:
                     raise Mismatch(f"{name}, token {step}: {token} is the best of one and not among the other's best")
@@ -80,7 +85,7 @@ def compare(
 
 
 def largest_difference(one: Sequence[Sequence[Choice]], other: Sequence[Sequence[Choice]]) -> float:
-    """How far apart the first tokens of any two answers are: the largest difference of a log-probability, in nats.
+    """Return how far apart the first tokens of any two answers are: the largest difference of a log-probability, nats.
 
     A token that is among the most likely of one alone counts as far as it is off at least.
     """
@@ -90,3 +95,44 @@ def largest_difference(one: Sequence[Sequence[Choice]], other: Sequence[Sequence
             lowest = min(b.values())
             largest = max(largest, *(abs(a[token] - b[token]) if token in b else a[token] - lowest for token in a))
     return largest
+
+
+def check_inside(full: EngineProcess, other: EngineProcess, prompts: Sequence[Prompt], answer: int) -> str:
+    """Compare greedy answers of ``answer`` tokens, all prompts at once, which must stay inside the window.
+
+    Returns what was found. Raises `Mismatch` unless all tokens are those of full attention.
+    """
+    if other.generate(prompts, answer).tokens != full.generate(prompts, answer).tokens:
+        raise Mismatch("inside the window the tokens are not the base's")
+    return f"{len(prompts)} requests, {answer} tokens each: equal to the base's"
+
+
+def check_past(
+    full: EngineProcess,
+    other: EngineProcess,
+    reference: ReferenceModel,
+    prompts: Sequence[Prompt],
+    answer: int,
+    tolerance: float,
+) -> str:
+    """Compare greedy answers of ``answer`` tokens to prompts past the window with what ``reference`` computes.
+
+    Each token's logit may be ``tolerance`` less than the reference's best. Returns what was found. Raises `Mismatch` if
+    one is further off, or if full attention gives all the same answers, which would show nothing.
+    """
+    import torch
+
+    answers = other.generate(prompts, answer).tokens
+    short_of_best = 0.0
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *tokens[:-1]]]), last=answer)[0]
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        worst = float((logits.amax(-1) - chosen).max())
+        if not worst <= tolerance:
+            raise Mismatch(f"past the window a token is {worst:.3f} below the reference's best, allowed is {tolerance}")
+        short_of_best = max(short_of_best, worst)
+    if full.generate(prompts, answer).tokens == answers:
+        raise Mismatch("past the window the tokens are those of full attention, so they show nothing")
+    found = f"each at most {short_of_best:.3f} below the float32 reference's best logit"
+    return f"{len(prompts)} requests, {answer} tokens after {len(prompts[0])}: {found}"

@@ -6,7 +6,8 @@ Calls the kernels' own Python functions on tensors without data, under a driver 
 before a launch: what is compiled is what a GPU would run, specialisations included. Needs torch and triton alone.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import re
 import subprocess
@@ -14,7 +15,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +28,20 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kernel_cases.layer import Layer, Step
 from kernel_cases.own_attention import paged_attention
-
-from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.decode import decode_memory, decode_rows
-from vllm_ahn.kernels.gates import NUM_GATES
-from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
-from vllm_ahn.kernels.prefill_plan import PrefillPlan
-from vllm_ahn.kernels.read_out import gated_squares, read_out
+from kernel_cases.setting import Model, Setting
+from report import parser
 from vllm_ahn.kernels.tables import compact_block_table, compact_width
+from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
@@ -118,218 +119,115 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _indices(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return _empty(*shape, dtype=dtype)
-
-
-def _window_pages(
-    kv_heads: int, head_size: int, gates: int, block_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    sizes = (block_size * head_size, block_size * head_size, block_size * gates)
-    planes = _empty(64, kv_heads, sum(sizes), dtype=dtype).split(sizes, dim=-1)
-    return tuple(plane.unflatten(-1, (block_size, -1)) for plane in planes)
-
-
-Case = tuple[str, Callable[[], None]]
+Case = tuple[str, Callable[[], Any]]
+TOKENS = 32
+META = torch.device("meta")
+"""Tensors without data."""
+GDN, DN, MAMBA2 = (MEMORIES[name] for name in ("GatedDeltaNet", "DeltaNet", "Mamba2"))
 
 
 def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> Iterator[Case]:
-    """What is launched for layers of 16 heads in groups of 8, with its name."""
-    yield "any", lambda: decode_rows(_indices(33), _indices(32), 32768, _indices(32))
+    """Yield what is launched for layers of 16 heads in groups of 8, with its name."""
+    yield "any", _step(128, torch.bfloat16, GDN).plan_decode
     for block_size in (16, 32):
         for requests in (None, _indices(TOKENS)):
             name = "a row a request" if requests is None else "rows of requests"
             for how, rearrange in (("rearranged", True), ("masked", False)):
-                yield f"blocks of {block_size}, {name}, {how}", _compact(block_size, requests, rearrange)
-    if 128 in head_sizes:
-        for group in (5, 8):
-            for segments in (1, 16):
-                for window in (None, 32640):
-                    kind = "chunk" if segments == 1 else "split decode"
-                    case = f"benchmark's attention, D=128 group {group}, {kind}, {'window' if window else 'full'}"
-                    yield case, _attention(group, segments, window)
-    for head_size in head_sizes:
-        for state_dtype in (torch.float32, torch.bfloat16):
-            yield f"D={head_size} state {str(state_dtype).removeprefix('torch.')}", _states(head_size, state_dtype)
+                yield f"blocks of {block_size}, {name}, {how}", partial(_compact, block_size, requests, rearrange)
+    for group in (5, 8) if 128 in head_sizes else ():
+        for segments in (1, 16):
+            for window in (None, 32640):
+                kind = "chunk" if segments == 1 else "split decode"
+                case = f"benchmark's attention, D=128 group {group}, {kind}, {'window' if window else 'full'}"
+                yield case, partial(_attention, group, segments, window)
+    for size in head_sizes:
+        for state in (torch.float32, torch.bfloat16):
+            yield f"D={size} state {_name(state)}", partial(_states, _step(size, torch.bfloat16, GDN, state))
         for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
-            for memory in NUM_GATES:
-                for state_dtype in (torch.float32, torch.bfloat16):
-                    state = str(state_dtype).removeprefix("torch.")
-                    yield f"D={head_size} {name} {memory} state {state}", _decode(head_size, dtype, memory, state_dtype)
-                yield f"D={head_size} {name} {memory}", _gather(head_size, dtype, memory)
-            for num_gates in (0, 1, 2):
-                yield f"D={head_size} {name} {num_gates} gates", _write(head_size, dtype, num_gates)
-            for all_heads in (False, True):
-                for routed in (False, True):
-                    for read_dtype in (torch.float32, dtype):  # of decodes and of chunks
-                        norm = f"norm over {'all heads' if all_heads else 'a head'}{', router' if routed else ''}"
-                        read = str(read_dtype).removeprefix("torch.")
-                        case = f"D={head_size} {name} of {read} {norm}"
-                        yield case, _read_out(head_size, dtype, read_dtype, all_heads, routed)
+            of = f"D={size} {_name(dtype)}"
+            for name, memory in MEMORIES.items():
+                for state in (torch.float32, torch.bfloat16):
+                    yield f"{of} {name} state {_name(state)}", _step(size, dtype, memory, state).decode
+                yield f"{of} {name}", _step(size, dtype, memory).gather
+            for gates, kept in ((0, None), (1, DN), (2, GDN)):
+                yield f"{of} {gates} gates", _step(size, dtype, kept).write
+            for memory in (GDN, MAMBA2):
+                for router in (None, _indices(TOKENS, 16, dtype=torch.float32)):
+                    for read in (torch.float32, dtype):  # of decodes and of chunks
+                        norm = f"norm over {'all heads' if memory.norm_all_heads else 'a head'}"
+                        case = f"{of} of {_name(read)} {norm}{'' if router is None else ', router'}"
+                        step = _step(size, dtype, memory)
+                        yield case, partial(step.read_out, step.o.to(read), step.rows, router)
 
 
-HEADS, KV_HEADS, GROUP, BLOCK_SIZE, TOKENS = 16, 2, 8, 16, 32
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _columns(head_size: int, state_dtype: torch.dtype) -> torch.Tensor:
-    columns = 2 * KV_HEADS * BLOCK_SIZE * (head_size + GROUP) * 2 // head_size // state_dtype.itemsize
-    # A page need not be whole columns: its stride is that of the window pages.
-    return _empty(64, columns + 1, head_size, dtype=state_dtype)[:, :columns]
+def _indices(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _decode(head_size: int, dtype: torch.dtype, memory: str, state_dtype: torch.dtype) -> Callable[[], None]:
-    def launch() -> None:
-        decode_memory(
-            _empty(TOKENS, HEADS, head_size, dtype=dtype),
-            *_window_pages(KV_HEADS, head_size, NUM_GATES[memory] * GROUP, BLOCK_SIZE, dtype),
-            _indices(TOKENS, 4096),
-            _columns(head_size, state_dtype),
-            _indices(TOKENS, 4096),
-            _indices(TOKENS),
-            _indices(TOKENS),
-            _empty(TOKENS, HEADS, head_size),
-            memory=memory,
-            window=32640,
-            sinks=128,
-            scale=1.0,
-            A_log=_empty(HEADS),
+def _step(
+    head_size: int, dtype: torch.dtype, memory: MemorySpec | None, state: torch.dtype = torch.float32, group: int = 8
+) -> Step:
+    """Return a batch of decodes past ``W + S``, in groups of so many query heads."""
+    setting = Setting(META, None, dtype=dtype, state_dtype=state)
+    kv_heads = 2 if group == 8 else 4
+    model = Model("any", group * kv_heads, kv_heads, head_size)
+    return Layer(setting, model, memory, [setting.capacity + 1] * TOKENS, [1] * TOKENS, range(1)).step()
+
+
+def _states(step: Step) -> None:
+    step.scatter_states(step.gather_states())
+
+
+def _compact(block_size: int, requests: torch.Tensor | None, rearrange: bool) -> None:
+    compact = _indices(TOKENS, compact_width(32640, 128, block_size, 1024))
+    rows = (_indices(TOKENS, 131072 // block_size), requests, _indices(TOKENS + 1), _indices(TOKENS))
+    compact_block_table(*rows, 32640, 128, block_size, rearrange, compact, _indices(TOKENS))
+
+
+def _attention(group: int, segments: int, window: int | None) -> None:
+    step = _step(128, torch.bfloat16, None, group=group)
+    queries = (step.output, step.starts, step.lens, step.window_table)
+    sizes = {"max_query_len": 1024 if segments == 1 else 1, "segments": segments}
+    paged_attention(step.query, *step.layer.pool.planes[:2], *queries, **sizes, window=window, sinks=128, scale=0.1)
+
+
+WIDTHS = (24, 68, 7, 5, 9, 6, 6)
+
+
+def compile_all(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
+    """Compile cases for targets and print a table, one line a kernel as it is done."""
+
+    def line(cells: Sequence[object]) -> str:
+        return " ".join(
+            f"{cell:{'<' if i < 3 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
         )
 
-    return launch
-
-
-def _plan() -> PrefillPlan:
-    tokens, long = _indices(TOKENS), _indices(TOKENS, dtype=torch.int64)
-    return PrefillPlan((TOKENS,), tokens, long, long, _indices(1), _indices(1), _indices(2), _indices(1, 2))
-
-
-def _gather(head_size: int, dtype: torch.dtype, memory: str) -> Callable[[], None]:
-    def launch() -> None:
-        query = _empty(TOKENS, HEADS, head_size, dtype=dtype)
-        pages = _window_pages(KV_HEADS, head_size, NUM_GATES[memory] * GROUP, BLOCK_SIZE, dtype)
-        gather_stretches(query, *pages, _plan(), memory=memory, A_log=_empty(HEADS))
-
-    return launch
-
-
-def _states(head_size: int, state_dtype: torch.dtype) -> Callable[[], None]:
-    def launch() -> None:
-        columns, table, plan = _columns(head_size, state_dtype), _indices(TOKENS, 4096), _plan()
-        scatter_states(gather_states(columns, table, HEADS, plan), columns, table, plan)
-
-    return launch
-
-
-def _write(head_size: int, dtype: torch.dtype, num_gates: int) -> Callable[[], None]:
-    def launch() -> None:
-        qkv = _empty(TOKENS, HEADS + 2 * KV_HEADS, head_size, dtype=dtype)
-        _, key, value = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-        gates = _empty(TOKENS, HEADS, num_gates) if num_gates else None
-        slots = _indices(TOKENS, dtype=torch.int64)
-        pages = _window_pages(KV_HEADS, head_size, max(num_gates, 1) * GROUP, BLOCK_SIZE, dtype)
-        write_window_pages(key, value, gates, slots, *pages)
-
-    return launch
-
-
-def _compact(block_size: int, requests: torch.Tensor | None, rearrange: bool) -> Callable[[], None]:
-    def launch() -> None:
-        width = compact_width(32640, 128, block_size, 1024)
-        compact_block_table(
-            _indices(TOKENS, 131072 // block_size),
-            requests,
-            _indices(TOKENS + 1),
-            _indices(TOKENS),
-            window=32640,
-            sinks=128,
-            block_size=block_size,
-            rearrange=rearrange,
-            compact_table=_indices(TOKENS, width),
-            compact_lens=_indices(TOKENS),
-        )
-
-    return launch
-
-
-def _attention(groups: int, segments: int, window: int | None) -> Callable[[], None]:
-    def launch() -> None:
-        queries = 1024 if segments == 1 else 1
-        kv_heads, head_size = 4, 128
-        pages = _window_pages(kv_heads, head_size, groups, BLOCK_SIZE, torch.bfloat16)
-        query = _empty(TOKENS, kv_heads * groups, head_size, dtype=torch.bfloat16)
-        paged_attention(
-            query,
-            *pages[:2],
-            torch.empty_like(query),
-            _indices(TOKENS + 1),
-            _indices(TOKENS),
-            _indices(TOKENS, 4096),
-            max_query_len=queries,
-            window=window,
-            sinks=128,
-            scale=0.1,
-            segments=segments,
-        )
-
-    return launch
-
-
-def _read_out(
-    head_size: int, dtype: torch.dtype, read_dtype: torch.dtype, all_heads: bool, routed: bool
-) -> Callable[[], None]:
-    def launch() -> None:
-        o, z, rows = _empty(TOKENS, HEADS, head_size, dtype=read_dtype), _empty(TOKENS, HEADS), _indices(TOKENS)
-        squares = _empty(TOKENS) if all_heads else None
-        if squares is not None:
-            gated_squares(o, z, rows, squares)
-        read_out(
-            o,
-            z,
-            rows,
-            _empty(HEADS * head_size if all_heads else head_size, dtype=dtype),
-            _empty(HEADS, head_size, head_size, dtype=dtype),
-            _empty(TOKENS, HEADS, head_size, dtype=dtype),
-            squares=squares,
-            norm_size=HEADS * head_size if all_heads else None,
-            router=_empty(TOKENS, HEADS) if routed else None,
-        )
-
-    return launch
-
-
-def report(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
-    """Compile cases for targets and print a table, one line a kernel."""
     print(f"torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{'kernel':24} {'case':68} {'target':7} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>6}")
+    print(line([field.name for field in fields(Compiled)]))
     results = []
     for case, launch in todo:
         for target in targets:
             with compiling_for(TARGETS[target]) as compiled:
                 launch()
-            for result in (resources(kernel, case, target) for kernel in compiled):
-                print(
-                    f"{result.kernel:24} {result.case:68} {result.target:7} {result.warps:5} {result.registers:9} "
-                    f"{result.spills:6} {result.shared:6}",
-                    flush=True,
-                )
-                results.append(result)
+            for kernel in compiled:
+                results.append(resources(kernel, case, target))
+                print(line(astuple(results[-1])), flush=True)
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile kernels ahead of time and report registers and spills.")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--head-sizes", nargs="+", type=int, default=list(HEAD_SIZES))
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16"])
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options.add_argument("--head-sizes", nargs="+", type=int, default=list(HEAD_SIZES))
+    options.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16"])
+    options.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = options.parse_args()
     todo = list(cases(arguments.head_sizes, [getattr(torch, dtype) for dtype in arguments.dtypes]))
-    results = report(arguments.targets, todo)
+    results = compile_all(arguments.targets, todo)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -40,16 +41,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import report
 import torch
-from agreement import Mismatch, compare, largest_difference
-from engine_process import EngineError, EngineProcess
-from engine_report import judge, markdown
-from engine_rows import DEFAULT_ROWS, ROWS, SHAPES, Setting, arguments, write_models
-from ladder import Ladder, Rungs
-from prompts import prompt
-from stepped_engine import Choice
 
+import report
+from agreement import compare, largest_difference
+from engine_report import judge, paragraphs
+from engines import Choice, EngineError, EngineProcess, started
+from inputs import prompt
+from ladder import Ladder, Rungs
+from models import AHN, FULL, ROWS, SHAPES, WINDOW, Comparison, arguments, write_models
+from report import Mismatch, option
 from vllm_ahn.config import NO_MEMORY
 
 ANSWER, LOGPROBS = 8, 20
@@ -58,6 +59,7 @@ ANSWER, LOGPROBS = 8, 20
 REAL: dict[str, Any] = {
     "model": "3B",
     "dtype": "bfloat16",
+    "rows": (FULL, "full-fp8", WINDOW, AHN),
     "contexts": (131072, 32768),
     "window": 32640,
     "sinks": 128,
@@ -67,7 +69,7 @@ REAL: dict[str, Any] = {
     "steps": 16,
     "repetitions": 3,
 }
-TINY: dict[str, Any] = {
+TINY: dict[str, Any] = REAL | {
     "model": "tiny",
     "dtype": "float32",
     "contexts": (384, 128),
@@ -85,84 +87,79 @@ TOLERANCE = {"bfloat16": 0.5, "float32": 1e-3}
 the mean and by up to 0.2; those of other tokens than the right ones are several off."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting(Comparison):
+    """One comparison of long contexts."""
+
+    rows: tuple[str, ...] = option(f"of {', '.join(ROWS)}", type=lambda text: tuple(text.split(",")))
+    max_batch: int = option("sequences at a time, at most")
+    sequences: int = option("size of a cache; 0: all memory that vLLM takes")
+    tolerance: float = option("of log-probabilities against eager, nats")
+    batches: tuple[int, ...] = option("to measure at, besides the most that fits; default: 1,2,4,...")
+    seed: int
+    alone: bool
+    """One engine at a time, where otherwise all live side by side and take turns."""
+
+
 def main() -> None:
     args = parser().parse_args()
     setting = read_setting(args)
-    started = time.monotonic()
-    deadline = started + (args.time_budget or math.inf)
+    began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
             run = Run(setting, write_models(setting, Path(folder)), args.threads)
             run.answer_eagerly(args.break_verification)
-            contexts = run.measure(deadline)
+            contexts = run.measure(began + (args.time_budget or math.inf))
     except Mismatch as error:
         sys.exit(f"not verified: {error}")
     result: dict[str, Any] = {
-        **report.head(setting, started),
+        **report.head(setting, began),
         "engines": run.info,
         "verified": run.verified,
         "missing": run.missing,
         "contexts": contexts,
+        "aims": judge(setting, contexts),
     }
-    result["aims"] = judge(setting, contexts)
-    report.write(args.output, result, markdown(setting, result))
+    turns = "one engine after the other" if setting.alone else "the engines lived side by side and took turns"
+    title = f"vLLM at long contexts, {setting.model} shape"
+    report.write(args.output, result, title, paragraphs(setting, turns, result))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; those without a default take it from `REAL` or `TINY`."""
-
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = result.add_mutually_exclusive_group()
-    shape.add_argument("--model", choices=[name for name in SHAPES if name != "tiny"], help="default: 3B")
-    shape.add_argument("--tiny", action="store_true", help="a tiny model, window and contexts, for a CPU")
-    result.add_argument("--layers", type=int, help="of the model; default: all")
-    result.add_argument("--dtype", choices=list(TOLERANCE))
-    result.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}; default: %(default)s")
-    result.add_argument("--contexts", type=report.numbers, help="tokens, with commas")
-    result.add_argument("--window", type=int)
-    result.add_argument("--sinks", type=int)
-    result.add_argument(
-        "--batches", type=report.numbers, help="to measure at, besides the most that fits; default: 1,2,4,..."
-    )
-    result.add_argument("--max-batch", type=int, help="sequences at a time, at most")
-    result.add_argument("--sequences", type=int, help="size of a cache; 0: all memory that vLLM takes")
+    """Return the options; those without a default take it from `REAL` or `TINY`."""
+    result = report.parser(__doc__, "engine")
+    result.add_argument("--tiny", action="store_true", help="a tiny model, window and contexts, for a CPU")
+    report.add_options(result, Setting)
     result.add_argument("--alone", action="store_true", help="one engine at a time, for models too large side by side")
-    result.add_argument("--budget", type=int, help="tokens a step (max_num_batched_tokens)")
-    result.add_argument("--steps", type=int, help="decode steps of a measurement")
-    result.add_argument("--repetitions", type=int)
     result.add_argument("--time-budget", type=float, metavar="S", help="seconds, the engines' start included")
-    result.add_argument("--tolerance", type=float, help="of log-probabilities against eager, nats")
     result.add_argument("--seed", type=int, default=0, help="of the weights")
     result.add_argument("--threads", type=int, help="of OpenMP, for each engine")
-    result.add_argument(
-        "--engine-args", type=json.loads, default={}, metavar="JSON", help="vllm.LLM's, for all engines"
-    )
+    result.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="vllm.LLM's, for all")
     result.add_argument(
         "--break-verification", action="store_true", help="give the eager engines other weights: must fail"
     )
-    result.add_argument("--output", type=Path, default=report.FOLDER / "engine", help="without .json and .md")
     return result
 
 
 def read_setting(args: argparse.Namespace) -> Setting:
-    """What the options say; ends the program with a sentence where they cannot be met."""
-    values = TINY if args.tiny else REAL
-    values = values | {name: value for name, value in vars(args).items() if name in REAL and value is not None}
-    unknown = [row for row in args.rows.split(",") if row not in ROWS]
+    """Return what the options say; end the program with a sentence where they cannot be met."""
+    values = (TINY if args.tiny else REAL) | report.given(args, Setting)
+    unknown = [row for row in values["rows"] if row not in ROWS]
     if unknown:
         sys.exit(f"--rows has {unknown[0]!r}, expected some of {', '.join(ROWS)}")
     if not values["sequences"] and not torch.cuda.is_available():
         sys.exit("--sequences is 0, which takes the whole memory of a GPU, and there is none: expected at least 1")
-    powers = tuple(2**n for n in range(int(math.log2(values["max_batch"])) + 1))
+    defaults = {
+        "layers": SHAPES[values["model"]]["layers"],
+        "batches": tuple(2**n for n in range(int(math.log2(values["max_batch"])) + 1)),
+        "tolerance": TOLERANCE[values["dtype"]],
+    }
     return Setting(
-        **values
+        **defaults
+        | values
         | {
-            "layers": args.layers or SHAPES[values["model"]]["layers"],
-            "rows": tuple(args.rows.split(",")),
             "contexts": tuple(sorted(values["contexts"], reverse=True)),
-            "batches": args.batches or powers,
             "alone": args.alone or not values["sequences"],
-            "tolerance": TOLERANCE[values["dtype"]] if args.tolerance is None else args.tolerance,
             "seed": args.seed,
             "engine": values.get("engine", {}) | args.engine_args,
         }
@@ -181,13 +178,9 @@ class Run:
         """Rows that vLLM does not have on this device, and what it says."""
         self.verified: dict[str, str] = {}
         self.inside, self.across, self.past = prompts_to_verify(setting)
+        self.prompts = self.inside + self.across + self.past
         self.answers: dict[str, list[list[Choice]]] = {}
         """Of the eager engines, to `prompts`."""
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        """All that answers are compared for."""
-        return self.inside + self.across + self.past
 
     @property
     def groups(self) -> list[list[str]]:
@@ -197,13 +190,10 @@ class Run:
 
     @contextlib.contextmanager
     def engines(self, rows: list[str], seed: int, *, eager: bool) -> Iterator[dict[str, EngineProcess]]:
-        """Engines of ``rows``, started together. A row may turn out to be missing."""
+        """Yield engines of ``rows``, started together. A row may turn out to be missing."""
         report.say(f"starting {'eager ' if eager else ''}{', '.join(rows)}")
-        engines = {}
-        try:
-            for row in rows:
-                values = arguments(self.setting, row, self.folders, eager=eager)
-                engines[row] = EngineProcess(values, self.threads, seed=seed, wait=False)
+        values = {row: arguments(self.setting, row, self.folders, eager=eager) for row in rows}
+        with started(values, self.threads, seed) as engines:
             for row in rows:
                 try:
                     engines[row].wait()
@@ -212,33 +202,28 @@ class Run:
                         raise
                     self.missing[row] = str(error)
             yield {row: engine for row, engine in engines.items() if row not in self.missing}
-        finally:
-            for engine in engines.values():
-                engine.close()
 
     def answer_eagerly(self, break_verification: bool) -> None:
-        """Takes the answers to verify by, and checks that rows agree where they must and differ where they must."""
-        seed = self.setting.seed + break_verification
+        """Take the answers to verify by, and check that rows agree where they must and differ where they must."""
         for rows in self.groups:
-            with self.engines(rows, seed, eager=True) as engines:
+            with self.engines(rows, self.setting.seed + break_verification, eager=True) as engines:
                 for row, engine in engines.items():
                     self.answers[row] = engine.choices(self.prompts, ANSWER, LOGPROBS)
         tolerance, inside, past = self.setting.tolerance, len(self.inside), len(self.inside + self.across)
         for row, answers in self.answers.items():
             memory = ROWS[row].memory
-            if memory is not None and "full" in self.answers:
-                agreement = compare(
-                    self.answers["full"][:inside], answers[:inside], tolerance, names("full", row, self.inside)
-                )
-                self.verified[f"{row}, full inside the window"] = agreement.describe()
-            if memory not in (None, NO_MEMORY) and "window" in self.answers and self.past:
-                apart = largest_difference(self.answers["window"][past:], answers[past:])
+            if memory is not None and FULL in self.answers:
+                full = self.answers[FULL][:inside]
+                agreement = compare(full, answers[:inside], tolerance, names(FULL, row, self.inside))
+                self.verified[f"{row}, full inside the window"] = str(agreement)
+            if memory not in (None, NO_MEMORY) and WINDOW in self.answers and self.past:
+                apart = largest_difference(self.answers[WINDOW][past:], answers[past:])
                 if not apart > tolerance:
                     raise Mismatch(f"past the window {row} differs from window by {apart:.2g}: the memory does nothing")
                 self.verified[f"{row}, window past it"] = f"log-probabilities differ by {apart:.2g}"
 
     def measure(self, deadline: float) -> dict[str, dict[str, Any]]:
-        """Verifies, then measures; returns figures by context and row."""
+        """Verify, then measure; return figures by context and row."""
         results: dict[str, dict[str, Any]] = {str(context): {} for context in self.setting.contexts}
         groups = self.groups
         for number, rows in enumerate(groups):
@@ -253,14 +238,14 @@ class Run:
         return results
 
     def verify(self, row: str, engine: EngineProcess) -> None:
-        """Compares the engine's answers with those of the eager one."""
+        """Compare the engine's answers with those of the eager one."""
         answers = engine.choices(self.prompts, ANSWER, LOGPROBS)
         agreement = compare(self.answers[row], answers, self.setting.tolerance, names("eager", row, self.prompts))
-        self.verified[f"{row}, eager"] = agreement.describe()
-        report.say(f"{row} and eager: {agreement.describe()}")
+        self.verified[f"{row}, eager"] = str(agreement)
+        report.say(f"{row} and eager: {agreement}")
 
     def climb(self, engines: dict[str, EngineProcess], context: int, deadline: float) -> dict[str, Any]:
-        """One context: the rows take turns, the first one alternating."""
+        """Measure one context: the rows take turns, the first one alternating."""
         setting = self.setting
         rungs = Rungs(
             context,
@@ -275,57 +260,56 @@ class Run:
         )
         if rungs.prompt_tokens < 1:
             sys.exit(f"--contexts {context}: too short, answers alone take {rungs.answer_tokens} tokens")
-        ladders = {
+        rows = {
             row: Ladder(engine, rungs, keeps_all=setting.keeps_all(row, context)) for row, engine in engines.items()
         }
-        for ladder in ladders.values():
+        ladders = list(rows.values())
+        for ladder in ladders:
             ladder.warm_up()
         for turn in range(setting.repetitions):
-            for ladder in in_turn(list(ladders.values()), turn):
+            for ladder in in_turn(ladders, turn):
                 ladder.prefill(turn)
         for batch in rungs.batches:
-            for ladder in ladders.values():
+            for ladder in ladders:
                 ladder.grow(batch, deadline)
-            self.decode([ladder for ladder in ladders.values() if ladder.batch == batch])
-            report.say(f"{context} tokens: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in ladders.items()))
-        for number, ladder in enumerate(ladders.values()):
+            self.decode([ladder for ladder in ladders if ladder.batch == batch])
+            report.say(f"{context} tokens: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in rows.items()))
+        for number, ladder in enumerate(ladders):
             ladder.fill(part(deadline, 1 / (len(ladders) - number)))
-        self.decode(list(ladders.values()))
-        for ladder in ladders.values():
+        self.decode(ladders)
+        for ladder in ladders:
             ladder.engine.release()
-        report.say(f"{context} tokens, full: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in ladders.items()))
-        return {row: ladder.result() for row, ladder in ladders.items()}
+        report.say(f"{context} tokens, full: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in rows.items()))
+        return {row: ladder.result() for row, ladder in rows.items()}
 
     def decode(self, ladders: list[Ladder]) -> None:
-        """Measures decode steps, by turns."""
+        """Measure decode steps, by turns."""
         for turn in range(self.setting.repetitions):
             for ladder in in_turn(ladders, turn):
                 ladder.decode()
 
 
 def prompts_to_verify(setting: Setting) -> list[list[list[int]]]:
-    """Prompts whose answers stay inside the window, cross its end, and lie past it, as the longest context allows."""
+    """Return prompts whose answers stay inside the window, cross its end, and lie past it, as contexts allow."""
     longest = min(500, setting.capacity, setting.contexts[0]) - ANSWER
     far = setting.capacity * 9 // 8
     lengths = [longest // part for part in (8, 5, 3, 2, 1)], [setting.capacity - ANSWER // 2], [far, far + 7]
-    vocab = setting.shape["vocab"]
-    return [
-        [prompt(length, vocab=vocab) for length in some if length + ANSWER <= setting.contexts[0]] for some in lengths
-    ]
+    vocab, most = setting.shape["vocab"], setting.contexts[0] - ANSWER
+    return [[prompt(length, vocab=vocab) for length in some if length <= most] for some in lengths]
 
 
 def names(one: str, other: str, prompts: list[list[int]]) -> list[str]:
-    """What answers to these prompts are called when ``one`` and ``other`` differ."""
+    """Return what answers to these prompts are called when ``one`` and ``other`` differ."""
     return [f"{one} and {other} after {len(tokens)} tokens" for tokens in prompts]
 
 
 def in_turn(ladders: list[Ladder], turn: int) -> list[Ladder]:
-    """The ladders in order, in every other turn backwards."""
+    """Return the ladders in order, in every other turn backwards."""
     return ladders[::-1] if turn % 2 else ladders
 
 
 def part(deadline: float, share: float) -> float:
-    """The end of the next ``share`` of the time until ``deadline``."""
+    """Return the end of the next ``share`` of the time until ``deadline``."""
     now = time.monotonic()
     return deadline if math.isinf(deadline) else now + share * (deadline - now)
 

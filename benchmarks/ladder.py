@@ -13,9 +13,8 @@ import statistics
 import time
 from typing import Any
 
-from engine_process import EngineProcess
-from prompts import prompt
-from stepped_engine import Decoding
+from engines import Decoding, EngineProcess
+from inputs import prompt
 
 TIME_BUDGET, MAX_BATCH, VLLM_COUNT = "the time budget", "--max-batch", "vLLM's count"
 PREEMPTED = "with one more, one is preempted"
@@ -61,40 +60,37 @@ class Rungs:
 
 
 class Ladder:
-    """One row at one context. ``keeps_all``: a sequence keeps all its blocks until it ends.
+    """One row at one context.
 
-    Then as many fit as vLLM counts, and more would be preempted before they end. Else vLLM counts with what a
-    sequence holds while its prompt is computed, and more fit than that: they are found by trying.
+    If a sequence keeps all its blocks until it ends, as many fit as vLLM counts, and more would be preempted before
+    they end. Else vLLM counts with what a sequence holds while its prompt is computed, and more fit than that: they
+    are found by trying.
     """
 
     def __init__(self, engine: EngineProcess, rungs: Rungs, *, keeps_all: bool) -> None:
         self.engine = engine
         self.rungs = rungs
-        self.keeps_all = keeps_all
-        self.count = engine.count(rungs.context)
+        self.count: float = engine.count(rungs.context)
+        # vLLM's count takes in the one block that vLLM keeps for itself.
+        num_blocks = engine.info["num_blocks"]
+        self.whole = (num_blocks - 1) // round(num_blocks / self.count) if keeps_all else None
         self.batch = 0
         self.why_no_more = ""
         self.first_token_s: list[float] = []
         self.steps_s: dict[int, list[float]] = {}
         self.last: Decoding | None = None
 
-    @property
-    def whole(self) -> int:
-        """Sequences that can keep all their blocks. vLLM's count takes in the one block that vLLM keeps for itself."""
-        num_blocks = self.engine.info["num_blocks"]
-        return int((num_blocks - 1) // round(num_blocks / self.count))
-
     def prompt(self, number: int) -> list[int]:
-        """The prompt of one sequence; all engines get the same ones."""
+        """Return the prompt of one sequence; all engines get the same ones."""
         return prompt(self.rungs.prompt_tokens, number, self.rungs.vocab)
 
     def warm_up(self) -> None:
-        """One sequence that is not measured: kernels are compiled and tuned for these shapes."""
-        self.engine.answer(self.prompt(0), 2)
+        """Answer one prompt that is not measured: kernels are compiled and tuned for these shapes."""
+        self.engine.generate([self.prompt(0)], 2)
 
     def prefill(self, number: int) -> None:
-        """Measures the time to the first token of a sequence alone."""
-        self.first_token_s.append(self.engine.answer(self.prompt(number), 1).first_token_s)
+        """Measure the time to the first token of a sequence alone."""
+        self.first_token_s.append(self.engine.generate([self.prompt(number)], 1).first_token_s)
 
     @property
     def prefill_s(self) -> float:
@@ -102,10 +98,8 @@ class Ladder:
         return statistics.median(self.first_token_s)
 
     def grow(self, target: int, deadline: float) -> None:
-        """Takes in sequences until there are ``target``, or no more fit, or ``deadline`` (`time.monotonic`) is near."""
-        target = min(target, self.rungs.max_batch)
-        if self.keeps_all:
-            target = min(target, self.whole)
+        """Take in sequences until there are ``target``, or no more fit, or ``deadline`` (`time.monotonic`) is near."""
+        target = min(target, self.rungs.max_batch, self.rungs.max_batch if self.whole is None else self.whole)
         while not self.why_no_more and self.batch < target:
             if time.monotonic() + self.prefill_s > deadline:
                 self.why_no_more = TIME_BUDGET
@@ -113,15 +107,15 @@ class Ladder:
             held = self.engine.hold(self.prompt(self.batch), self.rungs.answer_tokens)
             self.batch += not held.refused
             self.why_no_more = held.refused
-        if not self.why_no_more and self.keeps_all and self.batch == self.whole:
+        if not self.why_no_more and self.batch == self.whole:
             self.why_no_more = VLLM_COUNT
         elif not self.why_no_more and self.batch == self.rungs.max_batch:
             self.why_no_more = MAX_BATCH
 
     def fill(self, deadline: float) -> None:
-        """Takes in all that fit, and makes sure that they go on without preemption."""
+        """Take in all that fit, and make sure that they go on without preemption."""
         self.grow(self.rungs.max_batch, deadline)
-        if not self.keeps_all:
+        if self.whole is None:
             self._decode(self.rungs.settling_steps)
 
     @property
@@ -130,16 +124,16 @@ class Ladder:
         return bool(self.why_no_more) and self.why_no_more not in (TIME_BUDGET, MAX_BATCH)
 
     def decode(self) -> None:
-        """Measures decode steps at the present batch."""
+        """Measure decode steps at the present batch."""
         decoding = self._decode(self.rungs.steps)
         if decoding is not None:
             self.steps_s.setdefault(self.batch, []).append(statistics.median(decoding.steps_s))
             self.last = decoding
 
     def _decode(self, steps: int) -> Decoding | None:
-        """Decode steps without preemption, with fewer sequences if need be; None if none is left."""
+        """Run decode steps without preemption, with fewer sequences if need be; return None if none is left."""
         while self.batch:
-            decoding = self.engine.decode(steps)
+            decoding: Decoding = self.engine.decode(steps)
             if not decoding.preemptions:
                 return decoding
             self.engine.drop()
@@ -148,7 +142,7 @@ class Ladder:
         return None
 
     def result(self) -> dict[str, Any]:
-        """All figures; times are in seconds."""
+        """Return all figures; times are in seconds."""
         info, last = self.engine.info, self.last
         return {
             "prompt_tokens": self.rungs.prompt_tokens,

@@ -21,7 +21,6 @@ model at shorter lengths: what it shows is that the benchmark works.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -29,22 +28,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import report
-from agreement import Mismatch
-from checks import check_inside, check_past
-from engine_process import EngineProcess
-from engine_rows import ROWS, SHAPES, Comparison, arguments, write_models
-from length_report import draw, markdown
-from prompts import prompt
-
+from agreement import check_inside, check_past
+from engines import EngineProcess, started
+from inputs import prompt
+from length_figure import PARTS, check_plot, device, draw
+from models import AHN, FULL, ROWS, WINDOW, Comparison, arguments, write_models
+from report import Mismatch, option
 from vllm_ahn.config import NO_MEMORY
-from vllm_ahn.tools.evaluate.plot import check_plot
 
-FULL, WINDOW, AHN = "full", "window", "ahn-gdn"
 REQUESTS, ANSWER = 4, 32
 """What is checked: so many requests at once, so many tokens each."""
 
@@ -80,7 +76,7 @@ TOLERANCE = {"bfloat16": 0.25, "float32": 1e-3}
 class Lengths(Comparison):
     """One comparison over lengths."""
 
-    rounds: int
+    rounds: int = option("turns at one length")
     """Turns of ``steps`` decode steps that every engine takes at one length, in each repetition."""
 
     @property
@@ -90,7 +86,7 @@ class Lengths(Comparison):
         return 1 + self.rounds * (self.steps + 1) + 1
 
     def prompt(self, context: int, seed: int) -> list[int]:
-        """The prompt of one length, which leaves room for its answer."""
+        """Return the prompt of one length, which leaves room for its answer."""
         # The engine ends a request at its greatest length too.
         return prompt(context - self.answer_tokens - 1, seed, self.shape["vocab"])
 
@@ -100,52 +96,45 @@ def main() -> None:
     setting = read_setting(args)
     plot = args.plot or args.output.with_suffix(".svg")
     check_plot(plot)
-    started = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
-            folders = write_models(setting, Path(folder), weights=True)
-            with started_engines(setting, folders, args.threads) as engines:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
+        folders = write_models(setting, Path(folder), weights=True)
+        with started({row: arguments(setting, row, folders) for row in setting.rows}, args.threads) as engines:
+            for row, engine in engines.items():
+                engine.wait()
+                report.say(f"{row} has started in {engine.info['start_s']:.0f} s")
+            try:
                 verified = verify(setting, engines, folders)
-                repetitions = [measure(setting, engines, number) for number in range(setting.repetitions)]
-                info = {row: engine.info for row, engine in engines.items()}
-    except Mismatch as error:
-        sys.exit(f"not verified: {error}")
+            except Mismatch as error:
+                sys.exit(f"not verified: {error}")
+            repetitions = [measure(setting, engines, number) for number in range(setting.repetitions)]
+            info = {row: engine.info for row, engine in engines.items()}
     result: dict[str, Any] = {
-        **report.head(setting, started),
+        **report.head(setting, began),
         "engines": info,
         "verified": verified,
         "loads": [repetition["load"] for repetition in repetitions],
         "contexts": {str(context): figures(setting, info, repetitions, context) for context in setting.contexts[::-1]},
     }
-    report.write(args.output, result, markdown(setting, result))
+    title = "Cache and time per token over the length of the context"
+    report.write(args.output, result, title, paragraphs(setting, result))
     draw(setting, result, plot)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; those without a default take it from `REAL` or `TINY`."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return the options; those without a default take it from `REAL` or `TINY`."""
+    result = report.parser(__doc__, "length-cpu")
     result.add_argument("--tiny", action="store_true", help="a tiny model, window and contexts")
-    result.add_argument("--model", choices=list(SHAPES))
-    result.add_argument("--layers", type=int)
-    result.add_argument("--dtype", choices=list(TOLERANCE))
-    result.add_argument("--contexts", type=report.numbers, help="tokens, with commas")
-    result.add_argument("--window", type=int)
-    result.add_argument("--sinks", type=int)
-    result.add_argument("--budget", type=int, help="tokens a step (max_num_batched_tokens)")
-    result.add_argument("--steps", type=int, help="decode steps of a turn")
-    result.add_argument("--rounds", type=int, help="turns at one length")
-    result.add_argument("--repetitions", type=int)
+    report.add_options(result, Lengths)
     result.add_argument("--threads", type=int, default=1, help="of OpenMP, for each engine")
     result.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="vllm.LLM's, for all")
-    result.add_argument("--output", type=Path, default=report.FOLDER / "length-cpu", help="without .json and .md")
     result.add_argument("--plot", type=Path, metavar="FILE", help=".svg, .png or .pdf; default: OUTPUT.svg")
     return result
 
 
 def read_setting(args: argparse.Namespace) -> Lengths:
-    """What the options say; ends the program with a sentence where they cannot be met."""
-    values = TINY if args.tiny else REAL
-    values = values | {name: value for name, value in vars(args).items() if name in REAL and value is not None}
+    """Return what the options say; end the program with a sentence where they cannot be met."""
+    values = (TINY if args.tiny else REAL) | report.given(args, Lengths)
     setting = Lengths(
         **values
         | {
@@ -166,24 +155,8 @@ def read_setting(args: argparse.Namespace) -> Lengths:
     return setting
 
 
-@contextlib.contextmanager
-def started_engines(
-    setting: Lengths, folders: dict[str, Path], threads: int | None
-) -> Iterator[dict[str, EngineProcess]]:
-    """One engine a row, each in a process of its own."""
-    engines: dict[str, EngineProcess] = {}
-    try:
-        for row in setting.rows:
-            engines[row] = EngineProcess(arguments(setting, row, folders, eager=False), threads)
-            report.say(f"{row} has started in {engines[row].info['start_s']:.0f} s")
-        yield engines
-    finally:
-        for engine in engines.values():
-            engine.close()
-
-
 def verify(setting: Lengths, engines: dict[str, EngineProcess], folders: dict[str, Path]) -> dict[str, str]:
-    """Checks tokens, and warms the engines up. Raises `Mismatch` if they are wrong."""
+    """Check tokens, and warm the engines up. Raises `Mismatch` if they are wrong."""
     from vllm_ahn.reference import from_folders
 
     vocab = setting.shape["vocab"]
@@ -195,27 +168,24 @@ def verify(setting: Lengths, engines: dict[str, EngineProcess], folders: dict[st
         verified[f"{ROWS[row].text}, inside the window"] = check_inside(engines[FULL], engines[row], inside, ANSWER)
         ahn = NO_MEMORY if memory == NO_MEMORY else folders[str(memory)]
         reference = from_folders(folders["base"], ahn, setting.window, setting.sinks)
-        verified[f"{ROWS[row].text}, past it"] = check_past(
-            engines[FULL], engines[row], reference, past, ANSWER, setting.tolerance
-        )
-    if engines[WINDOW].throughput(past, ANSWER).tokens == engines[AHN].throughput(past, ANSWER).tokens:
+        found = check_past(engines[FULL], engines[row], reference, past, ANSWER, setting.tolerance)
+        verified[f"{ROWS[row].text}, past it"] = found
+    if engines[WINDOW].generate(past, ANSWER).tokens == engines[AHN].generate(past, ANSWER).tokens:
         raise Mismatch("past the window the memory does not change a token, so they show nothing")
     return verified
 
 
 def measure(setting: Lengths, engines: dict[str, EngineProcess], number: int) -> dict[str, Any]:
-    """One repetition: the load of the machine before it, and by context and row what was measured."""
-    load, started = os.getloadavg()[0], time.monotonic()
+    """Run one repetition; return the load of the machine before it, and by context and row what was measured."""
+    load, began = os.getloadavg()[0], time.monotonic()
     contexts = setting.contexts if number % 2 else setting.contexts[::-1]
     measured = {context: measure_at(setting, engines, context, number) for context in contexts}
-    report.say(f"repetition {number + 1}: {time.monotonic() - started:.0f} s, load {load:.1f} before")
+    report.say(f"repetition {number + 1}: {time.monotonic() - began:.0f} s, load {load:.1f} before")
     return {"load": load, "contexts": measured}
 
 
-def measure_at(
-    setting: Lengths, engines: dict[str, EngineProcess], context: int, number: int
-) -> dict[str, dict[str, Any]]:
-    """One length: prompts first, then decode steps by turns, the first one alternating."""
+def measure_at(setting: Lengths, engines: dict[str, EngineProcess], context: int, number: int) -> dict[str, Any]:
+    """Measure one length: prompts first, then decode steps by turns, the first one alternating."""
     tokens = setting.prompt(context, number)
     measured: dict[str, dict[str, Any]] = {}
     for row, engine in engines.items():
@@ -240,9 +210,10 @@ def measure_at(
 def figures(
     setting: Lengths, info: dict[str, dict[str, Any]], repetitions: Sequence[dict[str, Any]], context: int
 ) -> dict[str, dict[str, Any]]:
-    """All repetitions of one length together, by row. Times are in seconds, ratios full attention's over the row's.
+    """Return all repetitions of one length together, by row.
 
-    ``token_s`` is that of the fastest repetition, ``token_ratio`` the median over all.
+    Times are in seconds, ratios full attention's over the row's. ``token_s`` is that of the fastest repetition,
+    ``token_ratio`` the median over all.
     """
     by_row: dict[str, dict[str, Any]] = {}
     for row in setting.rows:
@@ -265,6 +236,28 @@ def figures(
         values["cache_ratio"] = full["cache_bytes"] / values["cache_bytes"]
         values["first_token_ratio"] = full["first_token_s"] / values["first_token_s"]
     return by_row
+
+
+def paragraphs(setting: Lengths, result: dict[str, Any]) -> list[str]:
+    """Return the result for reading."""
+    info = result["engines"][FULL]
+    compiled = "vLLM's default compilation" if info["compiled"] else "eager"
+    text = [
+        f"{setting.describe()}, random weights; W = {setting.window:,}, S = {setting.sinks}, blocks of "
+        f"{info['block_size']}; {device(result)}, {compiled}; {result['machine']['versions']}. One request in each of "
+        f"three engines, which took turns of {setting.steps} decode steps. Times per token are medians over the turns "
+        f"of the fastest of {setting.repetitions} repetition(s), their ratios medians over all, between turns of one "
+        "round; times to the first token are medians. The load of the machine before the repetitions was "
+        f"{' and '.join(f'{load:.1f}' for load in result['loads'])}. {result['seconds']:.0f} s in all.",
+    ]
+    headers = ["tokens", *(ROWS[row].text for row in setting.rows), "full / window", "full / AHN"]
+    for title, unit, value, ratio, factor in PARTS:
+        lines = []
+        for context, rows in result["contexts"].items():
+            cells = [f"{factor * rows[row][value]:.2f}" for row in setting.rows]
+            lines.append([f"{int(context):,}", *cells, *(f"{rows[row][ratio]:.2f}" for row in setting.rows[1:])])
+        text += [f"## {title}, {unit}", report.table(headers, lines, left=0)]
+    return text + report.checked(result["verified"])
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What ``kernels.py`` verifies and times: one module a case."""
+"""What `kernels.py` verifies and times: one module a case, over the pages and calls of `layer`."""

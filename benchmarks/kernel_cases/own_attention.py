@@ -4,6 +4,8 @@ Full attention and attention to sinks and window are one kernel with two masks, 
 are split into segments, whose parts a second launch adds up; a chunk's queries share the keys that they load.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +50,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """One program a block of a row's queries with the heads of a group, KV head and segment of keys."""
     row = tl.program_id(0) // blocks_per_row
@@ -65,15 +66,17 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     in_block = (m < BLOCK_Q * GROUP) & (number < num_queries)
     position = before + number
     head = kv_head * GROUP + m % GROUP
-    d = tl.arange(0, BLOCK_D)
-    in_d = d < HEAD_SIZE
-    mask_q = in_block[:, None] & in_d[None, :]
+    d = tl.arange(0, HEAD_SIZE)
     query += start.to(tl.int64) * query_token_stride
-    q = tl.load(query + (number * query_token_stride + head * HEAD_SIZE)[:, None] + d[None, :], mask=mask_q, other=0.0)
+    q = tl.load(
+        query + (number * query_token_stride + head * HEAD_SIZE)[:, None] + d[None, :],
+        mask=in_block[:, None],
+        other=0.0,
+    )
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    summed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    summed = tl.zeros([BLOCK_M, HEAD_SIZE], tl.float32)
     end = before + tl.minimum(first + BLOCK_Q, num_queries)
     tiles = tl.cdiv(end, BLOCK_N)
     tiles_each = tl.cdiv(tiles, segments)
@@ -84,8 +87,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         inside = j < end
         block = tl.load(row_table + j // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         place = (pages + block * page_stride + j % BLOCK_SIZE * HEAD_SIZE)[:, None] + d[None, :]
-        mask_k = inside[:, None] & in_d[None, :]
-        k = tl.load(key_pages + place, mask=mask_k, other=0.0)
+        k = tl.load(key_pages + place, mask=inside[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k)) * scale
         age = position[:, None] - j[None, :]
         visible = age >= 0
@@ -97,19 +99,19 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(value_pages + place, mask=mask_k, other=0.0)
+        v = tl.load(value_pages + place, mask=inside[:, None], other=0.0)
         summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
         top = new_top
 
     if SPLIT:
         part = (row * HEADS + head).to(tl.int64) * segments + segment
-        tl.store(parts + part[:, None] * BLOCK_D + d[None, :], summed, mask=in_block[:, None])
+        tl.store(parts + part[:, None] * HEAD_SIZE + d[None, :], summed, mask=in_block[:, None])
         tl.store(part_max + part, top, mask=in_block)
         tl.store(part_sum + part, total, mask=in_block)
     else:
         output += start.to(tl.int64) * output_token_stride
         where = (number * output_token_stride + head * HEAD_SIZE)[:, None] + d[None, :]
-        tl.store(output + where, (summed / total[:, None]).to(output.dtype.element_ty), mask=mask_q)
+        tl.store(output + where, (summed / total[:, None]).to(output.dtype.element_ty), mask=in_block[:, None])
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -125,7 +127,6 @@ def _add_up_kernel(  # type: ignore[no-untyped-def]
     HEAD_SIZE: tl.constexpr,
     MOST_SEGMENTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """One program a row and head."""
     row = tl.program_id(0)
@@ -135,22 +136,22 @@ def _add_up_kernel(  # type: ignore[no-untyped-def]
         return
     part = (row * HEADS + head).to(tl.int64) * segments
     s = tl.arange(0, MOST_SEGMENTS)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, HEAD_SIZE)
     maxima = tl.load(part_max + part + s, mask=s < segments, other=float("-inf"))
     top = tl.max(maxima, 0)
     total = tl.sum(tl.load(part_sum + part + s, mask=s < segments, other=0.0) * tl.exp2(maxima - top), 0)
-    summed = tl.zeros([BLOCK_D], tl.float32)
+    summed = tl.zeros([HEAD_SIZE], tl.float32)
     for first in range(0, segments, BLOCK_S):
         i = first + tl.arange(0, BLOCK_S)
         weight = tl.exp2(tl.load(part_max + part + i, mask=i < segments, other=float("-inf")) - top)
-        tile = tl.load(parts + (part + i)[:, None] * BLOCK_D + d[None, :], mask=(i < segments)[:, None], other=0.0)
+        tile = tl.load(parts + (part + i)[:, None] * HEAD_SIZE + d[None, :], mask=(i < segments)[:, None], other=0.0)
         summed += tl.sum(weight[:, None] * tile, 0)
     where = output + token.to(tl.int64) * output_token_stride + head * HEAD_SIZE + d
-    tl.store(where, (summed / total).to(output.dtype.element_ty), mask=d < HEAD_SIZE)
+    tl.store(where, (summed / total).to(output.dtype.element_ty))
 
 
 def segments_of(rows: int, kv_heads: int, max_query_len: int, multiprocessors: int) -> int:
-    """Parts that the keys of a row are split into."""
+    """Return the parts that the keys of a row are split into."""
     if max_query_len > 1:
         return 1
     return max(1, min(-(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (rows * kv_heads)), MAX_SEGMENTS))
@@ -171,10 +172,10 @@ def paged_attention(
     scale: float,
     segments: int,
 ) -> None:
-    """Causal attention of rows of queries to pages.
+    """Attend, causally, with rows of queries to pages.
 
     Args:
-        query: ``[num_tokens, H, D]``, heads contiguous, half precision.
+        query: ``[num_tokens, H, D]``, heads contiguous, half precision, ``D`` a power of two.
         key_pages, value_pages: ``[num_blocks, Hkv, block_size, D]``, planes contiguous, equal strides.
         output: like ``query``, is written.
         query_start_loc: ``[R + 1]`` int32, first token of each row. Rows without any are left alone.
@@ -184,7 +185,7 @@ def paged_attention(
         window: ``W``; None for all keys.
         sinks: ``S``, beside a window.
         scale: factor on scores.
-        segments: from :func:`segments_of`.
+        segments: from `segments_of`.
     """
     heads, head_size = query.shape[1:]
     kv_heads, block_size = key_pages.shape[1:3]
@@ -194,36 +195,19 @@ def paged_attention(
         raise ValueError("keys and values must be planes of the same pages")
     if segments > 1 and max_query_len > 1:
         raise ValueError("only decodes are split into segments")
-    group, rows = heads // kv_heads, len(lens)
-    block_d = triton.next_power_of_2(head_size)
-    block_m = max(16, triton.next_power_of_2(group)) if max_query_len == 1 else 128
-    block_q = 1 if max_query_len == 1 else block_m // group
+    group, rows, decodes = heads // kv_heads, len(lens), max_query_len == 1
+    block_m = max(16, triton.next_power_of_2(group)) if decodes else 128
+    block_q = 1 if decodes else block_m // group
     blocks_per_row = triton.cdiv(max_query_len, block_q)
     parts = part_max = part_sum = None
     if segments > 1:
-        parts = torch.empty((rows, heads, segments, block_d), device=query.device)
+        parts = torch.empty((rows, heads, segments, head_size), device=query.device)
         part_max, part_sum = torch.empty((2, rows, heads, segments), device=query.device).unbind()
+    strides = (query.stride(0), output.stride(0), *key_pages.stride()[:2], block_table.stride(0))
+    mask = (window or 0, sinks, scale * 1.4426950408889634)  # exponents of 2
+    where = (key_pages, value_pages, block_table, query_start_loc, lens, output)
     _attend_kernel[(rows * blocks_per_row, kv_heads, segments)](
-        query,
-        key_pages,
-        value_pages,
-        block_table,
-        query_start_loc,
-        lens,
-        output,
-        parts,
-        part_max,
-        part_sum,
-        query.stride(0),
-        output.stride(0),
-        key_pages.stride(0),
-        key_pages.stride(1),
-        block_table.stride(0),
-        window or 0,
-        sinks,
-        scale * 1.4426950408889634,  # exponents of 2
-        blocks_per_row,
-        segments,
+        *(query, *where, parts, part_max, part_sum, *strides, *mask, blocks_per_row, segments),
         HEADS=heads,
         GROUP=group,
         HEAD_SIZE=head_size,
@@ -233,23 +217,11 @@ def paged_attention(
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
         BLOCK_N=BLOCK_N,
-        BLOCK_D=block_d,
-        num_warps=4 if max_query_len == 1 else 8,
+        num_warps=4 if decodes else 8,
         num_stages=2 if driver.active.get_current_target().backend == "hip" else 3,  # AMD has less shared memory
     )
     if segments > 1:
+        sizes = {"HEADS": heads, "HEAD_SIZE": head_size, "MOST_SEGMENTS": MAX_SEGMENTS, "BLOCK_S": 16}
         _add_up_kernel[(rows, heads)](
-            parts,
-            part_max,
-            part_sum,
-            query_start_loc,
-            output,
-            output.stride(0),
-            segments,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            MOST_SEGMENTS=MAX_SEGMENTS,
-            BLOCK_S=16,
-            BLOCK_D=block_d,
-            num_warps=4,
+            parts, part_max, part_sum, query_start_loc, output, output.stride(0), segments, **sizes, num_warps=4
         )

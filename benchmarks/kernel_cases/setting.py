@@ -1,12 +1,13 @@
 """What a run of the benchmark measures, and on what."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from kernel_cases.timing import Timer
-from support.paged_case import Shape
+from kernel_cases.timing import Timer, Times
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Model:
     heads: int
     kv_heads: int
     head_size: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
 
 
 MODELS = {model.name: model for model in (Model("3B", 16, 2, 128), Model("7B", 28, 4, 128), Model("14B", 40, 8, 128))}
@@ -45,17 +51,23 @@ class Setting:
     chunks: tuple[int, ...] = (2048, 8192)
     written: tuple[int, ...] = (1, 32, 512, 8192)
     dtype: torch.dtype = torch.bfloat16
+    state_dtype: torch.dtype = torch.float32
 
     @property
     def on_gpu(self) -> bool:
+        """Whether kernels run on a device of their own."""
         return self.device.type == "cuda"
 
     @property
     def capacity(self) -> int:
+        """W + S."""
         return self.window + self.sinks
 
-    def shape(self, model: Model, memory: str) -> Shape:
-        return Shape(model.heads, model.kv_heads, model.head_size, self.block_size, memory, self.dtype)
+    @property
+    def measures(self) -> Timer:
+        """The timer, which has to be there."""
+        assert self.timer is not None
+        return self.timer
 
 
 QUICK: dict[str, Any] = {
@@ -67,9 +79,7 @@ QUICK: dict[str, Any] = {
 }
 """What a shorter run measures."""
 
-
 TINY = Model("tiny", 6, 2, 64)
-
 TINY_SIZES: dict[str, Any] = {
     "window": 40,
     "sinks": 8,
@@ -83,3 +93,23 @@ TINY_SIZES: dict[str, Any] = {
     "written": (3,),
 }
 """What the interpreter can do in a minute."""
+
+
+@dataclass
+class Row:
+    """One measurement: a kernel, or several that do the same thing, at one size."""
+
+    case: str
+    model: str
+    memory: str
+    sizes: dict[str, int]
+    times: dict[str, Times] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def microseconds(self, name: str) -> float:
+        """Return the median of one of the times."""
+        return self.times[name].median
+
+    def faster(self, one: str, other: str) -> float:
+        """Return how many times as long ``one`` takes as ``other``."""
+        return self.microseconds(one) / self.microseconds(other)

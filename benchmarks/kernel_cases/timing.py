@@ -6,6 +6,8 @@ launches one by one, run behind a pause of the device in which the host gets ahe
 beside it. Everything is called before it is timed: compiling and autotuning fall into that call.
 """
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,17 +15,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from triton.testing import do_bench_cudagraph
 
 Call = Callable[[], Any]
 
-BUDGET_MS = 40.0
-"""What a measurement takes, about."""
-
-GRAPH_MS = 2.0
-"""What a graph takes, about, if its calls are short."""
-
+GRAPH_MS = 4.0
+"""What a graph takes, about; it is measured ten times."""
+STREAM_MS = 40.0
+"""What all repetitions of a longer call take, about."""
 COPIED = 1 << 30
 """Bytes of the tensor whose copy is timed."""
+QUANTILES = (0.5, 0.2, 0.8)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class Times:
     """20th percentile."""
     high: float
     """80th percentile."""
-    repetitions: int
     host: float | None = None
     """What the host takes to launch a call; None for a graph."""
 
@@ -56,6 +57,7 @@ class Timer:
         """GB/s, bytes read plus bytes written, of ``torch.Tensor.copy_`` from a GiB to another."""
 
     def describe(self) -> dict[str, Any]:
+        """Return the device in figures."""
         return {
             "name": self.name,
             "multiprocessors": self.multiprocessors,
@@ -65,16 +67,16 @@ class Timer:
         }
 
     def free_bytes(self) -> int:
-        """Memory that tensors could still take."""
+        """Return the memory that tensors could still take."""
         taken = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + taken
 
     def sets(self, num_bytes: int) -> int:
-        """How many sets of data of a size it takes for none to be in the L2 cache when its turn comes again."""
+        """Return how many sets of data of a size it takes for none to be in the L2 cache when its turn comes again."""
         return max(1, min(-(-4 * self.cache_bytes // max(num_bytes, 1)), 256))
 
     def copy(self, num_bytes: int) -> Times:
-        """A plain copy that moves so many bytes, read and written ones together; of a part of them if they are many."""
+        """Time a plain copy that moves so many bytes, read and written ones together; a part of them if many."""
         part = min(num_bytes // 2 + 15 & ~15, len(self._source))
         starts = range(0, len(self._source) - part + 1, part)[: self.sets(num_bytes)]
 
@@ -86,46 +88,22 @@ class Timer:
         return replace(times, median=scale * times.median, low=scale * times.low, high=scale * times.high)
 
     def percent_of_copy(self, num_bytes: int, microseconds: float) -> float:
-        """Bytes moved in a time, as a share of what the copy moves in it."""
+        """Return bytes moved in a time, as a share of what the copy moves in it."""
         return 100 * num_bytes / (microseconds * 1e3 * self.copy_bandwidth)
 
     def graph(self, calls: Sequence[Call]) -> Times:
-        """Time of a call, on average over ``calls``, which a CUDA graph runs one after the other."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        """Time a call, on average over ``calls``, which a CUDA graph runs one after the other."""
+
+        def all_calls() -> None:
             for call in calls:
                 call()
-            stream.synchronize()
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            stream.synchronize()
-            milliseconds = 1e3 * (time.perf_counter() - start)
-        # A graph of a few microseconds would be measured with what it takes to start one.
-        rounds = max(1, min(round(GRAPH_MS / milliseconds), 64 // len(calls)))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(rounds):
-                for call in calls:
-                    call()
-        graph.replay()
-        torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        graph.replay()
-        torch.cuda.synchronize(self.device)
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        repetitions = max(5, min(int(BUDGET_MS / milliseconds), 50))
-        events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repetitions)]
-        for begin, end in events:
-            begin.record()
-            graph.replay()
-            end.record()
-        torch.cuda.synchronize(self.device)
-        return _times([1e3 * begin.elapsed_time(end) / (rounds * len(calls)) for begin, end in events])
+
+        torch.cuda.synchronize(self.device)  # a graph is captured on a stream of its own
+        milliseconds = do_bench_cudagraph(all_calls, rep=GRAPH_MS, quantiles=QUANTILES)
+        return Times(*(1e3 * value / len(calls) for value in milliseconds))
 
     def stream(self, call: Call) -> Times:
-        """Time of a call whose kernels are launched one by one, its inputs flushed from the L2 cache before it."""
+        """Time a call whose kernels are launched one by one, its inputs flushed from the L2 cache before it."""
         for _ in range(2):
             call()
         torch.cuda.synchronize(self.device)
@@ -137,7 +115,7 @@ class Timer:
         # Cycles at 2 GHz or somewhat less: twice what the host needs.
         pause = int(min(max(launched, 2e-4), 0.05) * 4e9)
         device, host = [], []
-        for _ in range(max(3, min(int(BUDGET_MS / milliseconds), 30))):
+        for _ in range(max(3, min(int(STREAM_MS / milliseconds), 30))):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.zero_()
             torch.cuda._sleep(pause)
@@ -148,10 +126,5 @@ class Timer:
             end.record()
             torch.cuda.synchronize(self.device)
             device.append(1e3 * begin.elapsed_time(end))
-        return _times(device, statistics.median(host))
-
-
-def _times(microseconds: Sequence[float], host: float | None = None) -> Times:
-    ordered = sorted(microseconds)
-    last = len(ordered) - 1
-    return Times(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered), host)
+        quantiles = torch.tensor(device, device="cpu").quantile(torch.tensor(QUANTILES, device="cpu"))
+        return Times(*quantiles.tolist(), statistics.median(host))

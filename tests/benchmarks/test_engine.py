@@ -1,6 +1,5 @@
 """`benchmarks/engine.py` in its tiny setting, and the parts of it that decide: agreement and aims."""
 
-import importlib
 import json
 import math
 import subprocess
@@ -10,6 +9,11 @@ from typing import Any
 
 import pytest
 
+import agreement
+import engine
+import engine_report
+from engines import Choice
+from report import Mismatch
 from support.paths import BENCHMARKS
 
 ROWS = ["full", "full-fp8", "window", "ahn-gdn"]
@@ -20,12 +24,6 @@ NOT_COMPILED = '{"compilation_config": {"mode": 0}}'  # compilation is test_comp
 def benchmark(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / "engine.py"), "--tiny", "--threads", "1", "--output", str(output)]
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=580, check=False)
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def test_all_rows_are_verified_and_measured(tmp_path: Path) -> None:
@@ -106,13 +104,17 @@ def test_a_mismatch_fails(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_options(tmp_path: Path) -> None:
-    assert "--rows has 'half', expected some of full," in benchmark(tmp_path / "e", "--rows", "half").stderr
-    assert "--sequences is 0" in benchmark(tmp_path / "e", "--sequences", "0").stderr
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [(["--rows", "half"], "--rows has 'half', expected some of full,"), (["--sequences", "0"], "--sequences is 0")],
+)
+def test_bad_options(options: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        engine.read_setting(engine.parser().parse_args(["--tiny", *options]))
 
 
-def test_agreement(module: Any) -> None:
-    agreement, choice = module("agreement"), module("stepped_engine").Choice
+def test_agreement() -> None:
+    choice = Choice
     one = [[choice(1, {1: -1.0, 2: -1.1}), choice(3, {3: -0.5, 4: -2.0})]]
 
     def compare(*steps: Any, tolerance: float = 0.2) -> Any:
@@ -123,22 +125,19 @@ def test_agreement(module: Any) -> None:
     # Both of the first two are near: the other choice ends the comparison, which half the tokens may do.
     tie = compare(choice(2, {1: -1.1, 2: -1.0}), choice(9, {9: -0.1}))
     assert (tie.compared, tie.equal) == (1, 0) and tie.difference == pytest.approx(0.1)
-    with pytest.raises(agreement.Mismatch, match=r"token 0: the log-probability of 1 is -1\.0000 and -1\.3000"):
+    with pytest.raises(Mismatch, match=r"token 0: the log-probability of 1 is -1\.0000 and -1\.3000"):
         compare(choice(2, {1: -1.3, 2: -1.0}), one[0][1])
-    with pytest.raises(agreement.Mismatch, match="token 1: 3 is the best of one"):
+    with pytest.raises(Mismatch, match="token 1: 3 is the best of one"):
         compare(one[0][0], choice(4, {4: -0.5, 5: -2.0}))
-    with pytest.raises(agreement.Mismatch, match=r"is -0\.5000 and nan"):
+    with pytest.raises(Mismatch, match=r"is -0\.5000 and nan"):
         compare(one[0][0], choice(3, {3: math.nan}))
-    with pytest.raises(agreement.Mismatch, match="only 1 of 4 tokens"):
+    with pytest.raises(Mismatch, match="only 1 of 4 tokens"):
         agreement.compare([[*one[0], *one[0]]], [[choice(2, {1: -1.1, 2: -1.0}), *[one[0][0]] * 3]], 0.2, ["x"])
     assert agreement.largest_difference(one, [[choice(1, {1: -1.5, 7: -1.2})]]) == pytest.approx(0.5)
     assert agreement.largest_difference(one, one) == 0
 
 
-def test_aims(module: Any) -> None:
-    report, rows = module("engine_report"), module("engine_rows")
-    engine = module("engine")
-
+def test_aims() -> None:
     def row(sequences: int, first: float, token: float, full: bool = True) -> dict[str, Any]:
         decode = [{"batch": 4, "token_s": token, "tokens_per_s": 4 / token}]
         if sequences != 4:
@@ -147,11 +146,10 @@ def test_aims(module: Any) -> None:
 
     def verdicts(setting: Any, ahn: dict[str, Any]) -> list[bool | None]:
         measured = {"full": row(4, 5.0, 0.01), "window": row(15, 2.0, 0.01), "ahn-gdn": ahn}
-        return [entry["met"] for entry in report.judge(setting, {"131072": measured, "32768": measured})]
+        return [entry["met"] for entry in engine_report.judge(setting, {"131072": measured, "32768": measured})]
 
     real = engine.read_setting(engine.parser().parse_args(["--layers", "9"]))
-    assert (real.layers, real.all_layers, real.contexts) == (9, 36, (131072, 32768))
-    assert isinstance(real, rows.Setting) and real.capacity == 32768
+    assert (real.layers, real.contexts, real.capacity) == (9, (131072, 32768), 32768)
     assert verdicts(real, row(14, 2.09, 0.0109)) == [True] * 4 + [None] * 4
     assert verdicts(real, row(13, 2.2, 0.012)) == [False, False, False, False] + [None] * 4
     assert verdicts(real, row(14, 2.09, 0.0109, full=False)) == [None, None, True, True] + [None] * 4

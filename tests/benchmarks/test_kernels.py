@@ -8,21 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from support.paths import BENCHMARKS, ROOT
-
-sys.path.insert(0, str(BENCHMARKS))
-
 from kernel_cases import timing
-from kernel_cases.checks import Mismatch, compare, untouched
-from kernel_cases.results import Aim, Row, table, verdict
+from kernel_cases.oracles import compare, untouched
+from kernel_cases.run import judge, table
+from kernel_cases.setting import Row
 from kernel_cases.timing import Timer, Times
+from report import Aim, Mismatch, verdict
+from support.paths import ROOT
 
 
 def python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
@@ -36,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = python("tests/support/kernel_benchmark_case.py", str(folder), interpret=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     print(done.stdout)
-    return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+    return {"said": done.stdout, **{path.stem: json.loads(path.read_text()) for path in folder.iterdir()}}
 
 
 @pytest.mark.parametrize(
@@ -87,48 +85,54 @@ def test_what_there_is_no_time_for_is_named(results: dict[str, Any]) -> None:
     assert late["cases"]["write"] == [] and results["write"]["left out"] == []
 
 
-def test_command_line(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    done = python("benchmarks/kernels.py", "--device", "cpu", "--cases", "write", "--json", str(file), interpret=True)
-    assert done.returncode == 0, done.stderr
-    assert "nothing was timed" in done.stdout
-    assert json.loads(file.read_text())["cases"] == {"write": []}
-    done = python("benchmarks/kernels.py", "--device", "cpu", interpret=False)
-    assert done.returncode == 2 and "TRITON_INTERPRET=1" in done.stderr
+def test_command_line(results: dict[str, Any]) -> None:
+    assert "nothing was timed" in results["said"]
+    assert results["command"]["cases"] == {"write": []} and results["command"]["failures"] == []
+    done = python("benchmarks/kernels.py", interpret=False)
+    assert done.returncode == 2 and "there is no GPU here" in done.stderr
 
 
 def test_needs_no_vllm() -> None:
-    """As on a machine without it; nor does what the benchmark imports bring it in."""
+    """As on a machine with PyTorch and Triton alone; nor does what the benchmark imports bring vLLM in."""
     code = """
 import sys
-sys.modules["vllm"] = None
+for name in ("vllm", "tabulate", "support", "pytest", "safetensors", "transformers"):
+    sys.modules[name] = None
 sys.path.insert(0, "benchmarks")
-import kernels
-from kernel_cases import attention
-from kernel_cases.setting import Setting
+sys.argv = ["kernels.py", "--help"]
+from kernel_cases import attention, run
+from kernel_cases.setting import Row, Setting
+from kernel_cases.timing import Times
 assert attention.chosen(Setting(None, None)) == "own"
+row = Row("case", "3B", "Mamba2", {"batch": 1}, {"memory": Times(1, 1, 1)})
+assert "| 3B | Mamba2 | 1 | 1.00 |" in run.table([row])
+run.main("what it shows")
 """
     done = python("-c", code, interpret=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "what it shows" in done.stdout, done.stderr
 
 
 def row(batch: int, ratio: float) -> Row:
-    return Row("case", "3B", "Mamba2", {"batch": batch, "bytes": 5}, {"memory": Times(1234.5, 1, 2, 3)}, {"r": ratio})
+    return Row("case", "3B", "Mamba2", {"batch": batch, "bytes": 5}, {"memory": Times(1234.5, 1, 2)}, {"r": ratio})
 
 
 def test_table_and_aims() -> None:
     rows = [row(1, 0.5), row(32, 2.25)]
     lines = table(rows).splitlines()
-    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
-    assert lines[0].split()[:3] == ["model", "memory", "batch"] and "bytes" not in lines[0]
-    assert lines[2].split() == ["3B", "Mamba2", "32", "1,234", "2.25"]
-    least, most = Aim.least("fast", 1, rows, "r"), Aim.most("slow", 3, rows, "r")
-    assert (
-        not least.met and least.measured == 0.5 and verdict(least).startswith("FAIL") and "batch 1)" in verdict(least)
-    )
-    assert most.met and most.measured == 2.25 and verdict(most).startswith("pass")
-    nothing = Aim.least("fast", 1, [], "r")
-    assert nothing.met is None and "not measured" in verdict(nothing)
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert lines[0].split("|")[1].strip() == "model" and "bytes" not in lines[0]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["3B", "Mamba2", "32", "1,234", "2.25"]
+    aims = [("fast", Aim(">=", 1), "r", None), ("slow", Aim("<=", 3), "r", None), ("far", Aim(">=", 1), "r", alone)]
+    fast, slow, far = judge(SimpleNamespace(AIMS=aims), rows)
+    assert fast["met"] is False and fast["value"] == 0.5 and fast["where"] == "3B Mamba2, batch 1"
+    assert slow["met"] is True and slow["value"] == 2.25 and verdict(slow) == "<= 3, met"
+    assert far["met"] is False and far["value"] == 0.5 and verdict(far) == ">= 1, missed"
+    (nothing,) = judge(SimpleNamespace(AIMS=aims[:1]), [])
+    assert nothing["met"] is None and verdict(nothing) == ">= 1, not measured"
+
+
+def alone(sizes: dict[str, int]) -> bool:
+    return sizes["batch"] == 1
 
 
 def test_compare() -> None:
@@ -166,7 +170,7 @@ class FakeDevice:
         return call
 
     @contextmanager
-    def graph(self, graph: Any, stream: Any) -> Any:
+    def graph(self, graph: Any) -> Any:
         self.captured = []
         yield
         graph.calls, self.captured = self.captured, None
@@ -190,17 +194,16 @@ class FakeDevice:
             def elapsed_time(self, end: Any) -> float:
                 return (end.at - self.at) / 1e3
 
-        stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+        stream = SimpleNamespace()
         properties = SimpleNamespace(name="fake", multi_processor_count=3, total_memory=1 << 30, L2_cache_size=1 << 10)
         for name, value in {
             "get_device_properties": lambda _: properties,
-            "Stream": lambda _: stream,
-            "current_stream": lambda _: stream,
+            "Stream": lambda *_: stream,
             "stream": lambda _: nullcontext(),
             "CUDAGraph": Graph,
             "graph": self.graph,
             "Event": Event,
-            "synchronize": lambda _: None,
+            "synchronize": lambda *_: None,
             "_sleep": lambda _: self.spend(1e6)(),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -222,7 +225,6 @@ def test_timer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     times = timer.graph([device.spend(3.0), device.spend(5.0)])
     assert times.median == times.low == times.high == pytest.approx(4.0) and times.host is None
-    assert times.repetitions >= 5
     times = timer.stream(device.spend(7.0))  # neither the pause nor the flush counts
     assert times.median == pytest.approx(7.0) and times.host is not None
     assert timer.describe()["copy GB/s"] == 4.1

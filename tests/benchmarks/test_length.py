@@ -1,6 +1,5 @@
 """`benchmarks/length.py` in its tiny setting."""
 
-import importlib
 import json
 import statistics
 import subprocess
@@ -12,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+import agreement
+import length
+from report import Mismatch
 from support.paths import BENCHMARKS
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.tools.cost.allocation import EngineSettings, ahn_attention, full_attention
@@ -82,9 +84,7 @@ def counted(row: str, context: int) -> int:
         ("64,128", "--contexts ends at 128, expected at least twice window and sinks, 256"),
     ],
 )
-def test_bad_contexts(contexts: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    length = importlib.import_module("length")
+def test_bad_contexts(contexts: str, sentence: str) -> None:
     with pytest.raises(SystemExit, match=sentence):
         length.read_setting(length.parser().parse_args(["--tiny", "--contexts", contexts]))
 
@@ -95,17 +95,15 @@ class FakeEngine:
     def __init__(self, *tokens: int) -> None:
         self.tokens = list(tokens)
 
-    def throughput(self, prompts: Any, max_tokens: int) -> Any:
+    def generate(self, prompts: Any, max_tokens: int) -> Any:
         return SimpleNamespace(tokens=[self.tokens for _ in prompts])
 
 
-def test_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    checks, mismatch = importlib.import_module("checks"), importlib.import_module("agreement").Mismatch
+def test_checks_can_fail() -> None:
     full, other = FakeEngine(1, 2), FakeEngine(1, 3)
-    assert checks.check_inside(full, FakeEngine(1, 2), [[0], [5]], 2).startswith("2 requests, 2 tokens each")
-    with pytest.raises(mismatch, match="inside the window"):
-        checks.check_inside(full, other, [[0], [5]], 2)
+    assert agreement.check_inside(full, FakeEngine(1, 2), [[0], [5]], 2).startswith("2 requests, 2 tokens each")
+    with pytest.raises(Mismatch, match="inside the window"):
+        agreement.check_inside(full, other, [[0], [5]], 2)
 
     def reference(tokens: torch.Tensor, last: int) -> torch.Tensor:
         """Token 1 is the best after the prompt [0, 0]; 3 comes after it, and 2 is 0.25 less."""
@@ -113,11 +111,11 @@ def test_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.tensor([[[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.75, 1.0]]])
 
     def past(engine: FakeEngine, full: FakeEngine, tolerance: float) -> str:
-        return checks.check_past(full, engine, reference, [[0, 0]], 2, tolerance)
+        return agreement.check_past(full, engine, reference, [[0, 0]], 2, tolerance)
 
     assert "at most 0.000" in past(other, full, 0.1)
     assert "at most 0.250" in past(full, other, 0.3)
-    with pytest.raises(mismatch, match=r"0\.250 below the reference's best, allowed is 0\.1"):
+    with pytest.raises(Mismatch, match=r"0\.250 below the reference's best, allowed is 0\.1"):
         past(full, other, 0.1)
-    with pytest.raises(mismatch, match="full attention"):
+    with pytest.raises(Mismatch, match="full attention"):
         past(other, other, 0.1)

@@ -1,16 +1,19 @@
 """The GPU path with what the golden data does not have, against the reference: checkpoint options, and half precision.
 
-The counterpart, in few engines since each is slow in the interpreter, of ``test_engine_reference.py``.
+The counterpart, in few engines since each is slow in the interpreter, of ``test_reference.py``.
 """
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from support.interpreted_engine import run
 from vllm_ahn.reference import from_folders
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.gpu_path]
 
 MAX_TOKENS = 4
 TOLERANCE = 1e-3
@@ -29,7 +32,7 @@ def engine_logits(
     setting = {"checkpoint": str(paths.ahn), "window": window, "sinks": sinks}
     result = run(paths.base, setting, asked, MAX_TOKENS, logits=file, **arguments)
     (worker,) = result["workers"]
-    assert worker["core"] == "vllm_ahn.attention.gpu.compute"
+    assert worker["core"] == "GPUCore"
     sequences = [torch.tensor(prompt + tokens[:-1]) for prompt, tokens in zip(asked, result["tokens"], strict=True)]
     return sequences, torch.load(file), worker
 
@@ -47,7 +50,7 @@ def test_all_options(tmp_path: Path) -> None:
         block_size=16,
         max_num_batched_tokens=80,
         max_num_seqs=8,
-        constants={"metadata.QUERIES_PER_ROW": 32, "triton_attention.SEGMENTS": 4},
+        constants={"gpu.plan.MASKED_QUERIES": 32, "paged.triton.SEGMENTS": 4},
     )
     reference = from_folders(paths.base, paths.ahn, window, sinks, recurrence="naive")
     for sequence, got in zip(sequences, logits, strict=True):

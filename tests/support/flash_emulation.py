@@ -196,8 +196,8 @@ def _attend(
     batch = len(seqused_k)
     pages, block_size, kv_heads, head_size = k.shape
     assert q.dtype in DTYPES and k.dtype == v.dtype == out.dtype == q.dtype
-    assert v.shape == k.shape and out.shape[1:] == q.shape[1:] == (q.shape[1], head_size)
-    assert len(out) >= len(q) >= int(cu_seqlens_q[-1])
+    assert v.shape == k.shape and out.shape == q.shape and q.shape[2] == head_size
+    assert len(q) >= int(cu_seqlens_q[-1])
     assert q.shape[1] % kv_heads == 0 and head_size % 8 == 0 and head_size <= 256 and block_size % 16 == 0
     for x in (q, k, v, out):
         assert x.stride(-1) == 1 and x.data_ptr() % 16 == 0

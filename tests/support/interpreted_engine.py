@@ -61,7 +61,7 @@ def run(
         prompts: token prompts, all submitted at once.
         max_tokens: tokens to generate for each.
         environment: variables to set beside, or instead of, :data:`ENVIRONMENT`.
-        constants: values for constants of modules in ``vllm_ahn.attention.gpu``, by "module.NAME". Smaller ones let a
+        constants: values for constants of modules in ``vllm_ahn.attention``, by "room.module.NAME". Smaller ones let a
             small batch come to what only large ones do otherwise, and the interpreter finish sooner. For an engine in
             one process.
         warm_up: run the kernels' warm-up first, which the interpreter has no need of.
@@ -98,9 +98,8 @@ def run(
 
 def prepare(worker: Any, warm_up: bool) -> dict[str, Any]:
     """Run in each worker before any request: poison its pages, say what it is."""
-    from vllm_ahn.attention import core
-    from vllm_ahn.attention.gpu import warm_up as gpu_warm_up
     from vllm_ahn.attention.layer import AHNAttention, AHNState
+    from vllm_ahn.attention.warm_up import warm_up as warm_up_layer
 
     layers = worker.vllm_config.compilation_config.static_forward_context
     for layer in layers.values():
@@ -108,12 +107,12 @@ def prepare(worker: Any, warm_up: bool) -> dict[str, Any]:
             layer.kv_cache.fill_(float("nan"))
     ours = [layer for layer in layers.values() if isinstance(layer, AHNAttention)]
     if warm_up:
-        gpu_warm_up.warm_up(ours[0])
+        warm_up_layer(ours[0])
     runner = type(worker.model_runner)
     states = [layer for layer in layers.values() if isinstance(layer, AHNState)]
     return {
         "runner": f"{runner.__module__}.{runner.__qualname__}",
-        "core": core.core().__name__ if ours else None,
+        "core": type(ours[0].core).__name__ if ours else None,
         "layers": [layer.layer_name for layer in ours],
         "state_dtypes": sorted({str(layer.pages.columns.dtype) for layer in states if layer.pages is not None}),
     }
@@ -126,18 +125,18 @@ def main() -> None:
 
     from support import flash_emulation
     from support.engines import engine, greedy, metric
-    from vllm_ahn.plugin import attention_backends, wanted
+    from vllm_ahn.plugin import limits
 
     job = json.load(sys.stdin)
     for name, value in job["constants"].items():
-        module, constant = name.split(".")
-        owner = importlib.import_module(f"vllm_ahn.attention.gpu.{module}")
+        module, constant = name.rsplit(".", 1)
+        owner = importlib.import_module(f"vllm_ahn.attention.{module}")
         assert hasattr(owner, constant)
         setattr(owner, constant, value)
     if job["flash_version"]:
         flash_emulation.install(job["flash_version"])
-        wanted._has_flash_attention = lambda: True
-        attention_backends.FLASH_DTYPES += ("float32",)
+        limits.has_flash_attention = lambda: True
+        limits.FLASH_DTYPES += ("float32",)
         job["arguments"]["attention_backend"] = "FLASH_ATTN"
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
         workers = llm.collective_rpc(prepare, args=(job["warm_up"],))

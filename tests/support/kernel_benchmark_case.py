@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/support/kernel_benchmark_case.py FOLDER
 
-FOLDER gets a result for every case, one for attention by vLLM's kernel, one without time for anything, and
-``wrong.json``, in which the kernel of one case is a little off.
+FOLDER gets a result for every case, one for attention by vLLM's kernel, one without time for anything, ``wrong.json``,
+in which the kernel of one case is a little off, and ``command.json``, which is that of a command line.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from typing import Any
 
 import torch
 
+from support.interpreter import install_for_fla
 from support.paths import BENCHMARKS
 
 sys.path.insert(0, str(BENCHMARKS))
 
-from kernel_cases import decode, pool
-from kernel_cases.setting import TINY_SIZES, Setting
 from kernel_cases.timing import Call, Times
-
-import kernels
 
 MEMORIES = {"write": "GatedDeltaNet", "decode": "Mamba2", "prefill": "DeltaNet", "window": "Mamba2"}
 """By case: the kernels themselves are tested with all three elsewhere."""
@@ -51,7 +48,7 @@ class CountingTimer:
         for call in calls:
             call()
         self.measured += 1
-        return Times(self.measured, self.measured, self.measured, 1)
+        return Times(self.measured, self.measured, self.measured)
 
     def stream(self, call: Call) -> Times:
         return self.graph([call])
@@ -64,24 +61,29 @@ class CountingTimer:
 
 
 def main(folder: Path) -> None:
-    pool.VAST = 1 << 20  # what a GPU is to do far apart, here only apart
+    install_for_fla()
+    from kernel_cases import layer, run
+    from kernel_cases.setting import TINY_SIZES, Setting
+
+    layer.VAST = 1 << 20  # what a GPU is to do far apart, here only apart
     timer: Any = CountingTimer()
     setting = Setting(torch.device("cpu"), timer, attention="own", **TINY_SIZES)
     for name, memory in MEMORIES.items():
-        kernels.benchmark(setting, [name], None, [memory], folder / f"{name}.json")
+        run.benchmark(setting, [name], None, [memory], folder / f"{name}.json")
     verified = dataclasses.replace(setting, timer=None, attention="vllm", chunks=())
-    kernels.benchmark(verified, ["window"], None, ["GatedDeltaNet"], folder / "vllm.json")
+    run.benchmark(verified, ["window"], None, ["GatedDeltaNet"], folder / "vllm.json")
 
-    kernels.benchmark(setting, ["write"], None, ["Mamba2"], folder / "late.json", minutes=-1)
+    run.benchmark(setting, ["write"], None, ["Mamba2"], folder / "late.json", minutes=-1)
+    assert run.main("", ["--cases", "write", "--json", str(folder / "command.json")], "cpu") == 0
 
-    right = decode.decode_memory
+    right = layer.decode_memory
 
     def wrong(*args: Any, **kwargs: Any) -> None:
         right(*args, **kwargs)
-        args[9].mul_(1.001)
+        args[7].mul_(1.001)
 
-    decode.decode_memory = wrong
-    kernels.benchmark(setting, ["decode", "write"], None, ["DeltaNet"], folder / "wrong.json")
+    layer.decode_memory = wrong
+    run.benchmark(setting, ["decode", "write"], None, ["DeltaNet"], folder / "wrong.json")
 
 
 if __name__ == "__main__":

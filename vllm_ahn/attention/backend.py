@@ -12,10 +12,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ahn.attention.core import runs_triton
+from vllm_ahn.attention.choose import choose_core
+from vllm_ahn.cache.specs import AHNWindowSpec
 
 
 class _AHNBackend(AttentionBackend):
@@ -43,14 +44,8 @@ class AHNWindowBackend(_AHNBackend):
         return "AHN_WINDOW"
 
     @staticmethod
-    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
-        if runs_triton():
-            from vllm_ahn.attention.gpu.plan import AHNGpuMetadataBuilder
-
-            return AHNGpuMetadataBuilder
-        from vllm_ahn.attention.cpu.plan import AHNMetadataBuilder
-
-        return AHNMetadataBuilder
+    def get_builder_cls() -> type["AHNPlanBuilder"]:
+        return AHNPlanBuilder
 
 
 class AHNStateBackend(_AHNBackend):
@@ -63,6 +58,29 @@ class AHNStateBackend(_AHNBackend):
     @staticmethod
     def get_builder_cls() -> type["AHNStateTableBuilder"]:
         return AHNStateTableBuilder
+
+
+class AHNPlanBuilder(AttentionMetadataBuilder[Any]):
+    """Has the core plan the step, once for all layers of the window group."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(kv_cache_spec, AHNWindowSpec)
+        self.planner = choose_core().make_planner(kv_cache_spec, vllm_config, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        return choose_core().cudagraph_support
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        return self.planner.plan(common_attn_metadata)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        return self.planner.plan(common_attn_metadata, for_capture=True)
 
 
 class AHNStateTableBuilder(AttentionMetadataBuilder[torch.Tensor]):

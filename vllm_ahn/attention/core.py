@@ -1,32 +1,104 @@
-"""Which of the two cores computes AHN layers in this process: ``cpu``, or ``gpu`` with Triton kernels."""
+"""What computes AHN layers: the interface of the two wings, ``cpu`` and ``gpu``."""
 
-import functools
-import os
-from types import ModuleType
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-TRITON_VARIABLE = "VLLM_AHN_TRITON"
-"""Set to 1, this environment variable chooses the Triton core on CPUs too, where Triton's interpreter runs it: for
-tests of the GPU path on machines without a GPU. Workers inherit it."""
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-
-@functools.cache
-def runs_triton() -> bool:
-    """Whether AHN layers are computed by the Triton core: on every device but CPUs."""
-    from vllm.platforms import current_platform
-
-    return not current_platform.is_cpu() or os.environ.get(TRITON_VARIABLE) == "1"
+from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.config import AHNConfig
+from vllm_ahn.kernels.pages import StatePages, WindowPages
+from vllm_ahn.memory.base import Memory
+from vllm_ahn.memory.router import Router
 
 
-@functools.cache
-def core() -> ModuleType:
-    """The module whose ``run`` computes a layer.
+class StateLayer(Protocol):
+    """What a core needs of the compressed memory's layer."""
 
-    They are imported on demand: each needs kernels that the other's device lacks.
-    """
-    if runs_triton():
-        from vllm_ahn.attention.gpu import compute as gpu
+    @property
+    def pages(self) -> StatePages | None: ...
 
-        return gpu
-    from vllm_ahn.attention.cpu import compute as cpu
 
-    return cpu
+class Layer(Protocol):
+    """What a core needs of a layer; :class:`AHNAttention` has it."""
+
+    core: "Core"
+    config: AHNConfig
+    vllm_config: VllmConfig
+    num_heads: int
+    scale: float
+    full_attention: bool
+
+    @property
+    def memory(self) -> Memory | None: ...
+
+    @property
+    def router(self) -> Router | None: ...
+
+    @property
+    def pages(self) -> WindowPages | None: ...
+
+    @property
+    def state(self) -> StateLayer | None: ...
+
+
+@dataclass
+class LayerInputs:
+    """The tensors of one call of a layer, split by heads."""
+
+    query: torch.Tensor
+    """``[num_tokens, num_heads, head_size]``, after RoPE."""
+    key: torch.Tensor
+    """``[num_tokens, num_kv_heads, head_size]``, after RoPE."""
+    value: torch.Tensor
+    """Shaped like ``key``."""
+    memory_query: torch.Tensor
+    """Shaped like ``query``, what the memory is read with."""
+    gates: torch.Tensor | None
+    """``[num_tokens, num_heads, num_gates]`` float32, from :meth:`Memory.project`; None without memory."""
+    z: torch.Tensor | None
+    """``[num_tokens, num_heads]`` float32, likewise."""
+    output: torch.Tensor
+    """Shaped like ``query``, is written: the input of ``o_proj``."""
+
+
+class Planner(Protocol):
+    """Turns vLLM's batch into a core's plan of a step, once for all layers."""
+
+    def plan(self, common: CommonAttentionMetadata, for_capture: bool = False) -> Any:
+        """Plan a step.
+
+        Args:
+            common: the window group's batch.
+            for_capture: a CUDA graph of the step will be replayed for other batches of as many requests with one new
+                token each, so that it has to do all that any of them needs.
+        """
+
+
+class Core(Protocol):
+    """Computes layers on one kind of device."""
+
+    cudagraph_support: AttentionCGSupport
+    compiles: bool
+    """Kernels are compiled when they are first launched, and want warming up."""
+
+    def make_planner(self, spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch.device) -> Planner:
+        """The planner for the layers of a window group."""
+
+    def reserve(self, layer: Layer, query: torch.Tensor) -> None:
+        """Take for a moment the memory that a batch ``query [num_tokens, num_heads, head_size]`` may take.
+
+        vLLM finds out how much memory is left for its cache by a run without requests.
+        """
+
+    def run(self, layer: Layer, inputs: LayerInputs, plan: Any, state_table: torch.Tensor | None) -> None:
+        """Write the pages, attend, absorb, read, add.
+
+        Args:
+            layer: the layer.
+            inputs: its tensors.
+            plan: what the core's planner made of the step.
+            state_table: ``[num_requests, width]`` int32, the state group's block table; None without memory.
+        """

@@ -13,12 +13,13 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
-from vllm_ahn.attention.core import core
+from vllm_ahn.attention.choose import choose_core
 from vllm_ahn.attention.op import ahn_attention, encode_layer_name
+from vllm_ahn.attention.warm_up import warm_up_once
 from vllm_ahn.cache.layer import LayerSizes, layer_specs, state_layout, window_layout
-from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
+from vllm_ahn.kernels.pages import StatePages, WindowPages
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
 
@@ -76,7 +77,7 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         memory: the layer's memory, if it has one.
         router: the layer's router, if the checkpoint has them.
         full_attention: the layer is plain full attention, without window and memory (``fa_layer_ids``).
-        prefix: the name that vLLM's own attention layer would have.
+        replaces: the base's own attention layer, whose name and place in vLLM's table of layers this one takes.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         config: AHNConfig,
         memory: Memory | None,
         router: Router | None,
+        *,
         full_attention: bool,
-        prefix: str,
+        replaces: nn.Module,
     ) -> None:
         super().__init__()
+        self.core = choose_core()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
@@ -101,9 +104,11 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
         self.vllm_config = get_current_vllm_config()
         # Held in a tuple: both are the decoder layer's modules, where checkpoints have them, and not this one's too.
         self._parts = (memory, router)
-        self.register(prefix)
+        name = replaces.layer_name
+        del self.vllm_config.compilation_config.static_forward_context[name]
+        self.register(name)
         # Layers of full attention have one too, unused, so that the groups have as many layers each.
-        self.state = AHNState(self, f"{prefix}.state") if config.memory is not None else None
+        self.state = AHNState(self, f"{name}.state") if config.memory is not None else None
 
     @property
     def memory(self) -> Memory | None:
@@ -172,7 +177,7 @@ class AHNAttention(nn.Module, PagedLayer[WindowPages]):
 
     def bound(self) -> None:
         if self.memory is not None and self.state is not None and self.state.pages is not None:
-            core().warm_up_once(self)
+            warm_up_once(self)
 
     def view_pages(self, kv_cache: torch.Tensor) -> WindowPages:
         return WindowPages(kv_cache, window_layout(self.config, self.sizes, kv_cache.shape[2], kv_cache.dtype))

@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from vllm_ahn.attention.core import core
+from vllm_ahn.attention.core import LayerInputs
 
 OP_NAME = "ahn_attention"
 QUALIFIED_NAME = f"vllm::{OP_NAME}"
@@ -33,12 +33,13 @@ def _ahn_attention(
     layer = context.no_compile_layers[_resolve_layer_name(layer_name)]
     if context.attn_metadata is None:  # a run without requests, to measure memory or to compile
         output.zero_()
-        core().reserve(layer, query)
+        layer.core.reserve(layer, query)
         return
     assert isinstance(context.attn_metadata, dict)
-    metadata = context.attn_metadata[layer.layer_name]
+    inputs = LayerInputs(query, key, value, memory_query, gates, z, output)
+    plan = context.attn_metadata[layer.layer_name]
     state_table = None if layer.state is None else context.attn_metadata[layer.state.layer_name]
-    core().run(layer, query, key, value, memory_query, gates, z, output, metadata, state_table)
+    layer.core.run(layer, inputs, plan, state_table)
 
 
 def _ahn_attention_fake(

@@ -10,18 +10,19 @@ from vllm_ahn.memory.base import float32_per_head
 class Router(nn.Module):
     """``sigmoid(alpha_h ln r + beta_h)`` with ``r = (t - W - S + 1) / W``; checkpoints call it ``ahn_router``."""
 
-    def __init__(self, total_num_heads: int, window: int, sinks: int) -> None:
+    def __init__(self, total_num_heads: int) -> None:
         super().__init__()
         num_heads = total_num_heads // get_tensor_model_parallel_world_size()
-        self.window = window
-        self.sinks = sinks
         self.alpha = float32_per_head(num_heads)
         self.beta = float32_per_head(num_heads)
 
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        """Weights ``[num_tokens, num_heads]`` float32 for reading tokens at ``positions [num_tokens]``, all of them at
-        least ``W + S``."""
-        ratio = (positions - self.window - self.sinks + 1).float() / self.window
+    def forward(self, positions: torch.Tensor, window: int, sinks: int) -> torch.Tensor:
+        """Weigh what tokens at ``positions [num_tokens]`` read, all of them at least ``W + S``.
+
+        Returns:
+            ``[num_tokens, num_heads]`` float32.
+        """
+        ratio = (positions - window - sinks + 1).float() / window
         return torch.sigmoid(self.alpha * ratio.log().unsqueeze(-1) + self.beta)
 
     def load_weight(self, name: str, weight: torch.Tensor) -> str:

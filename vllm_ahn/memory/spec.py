@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from vllm_ahn.memory.base import Memory
+NORM_EPS = 1e-5
+"""Epsilon of every memory's norm, whatever the base model's is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +95,10 @@ class MemorySpec:
             shapes["q_proj.weight"] = (num_heads, head_size, head_size)
         return shapes
 
-    def layer_class(self) -> type[Memory]:
-        """The class that `module` names."""
+    def layer_class(self) -> Any:
+        """The class that `module` names, a subclass of `vllm_ahn.memory.base.Memory`."""
         module, _, name = self.module.partition(":")
-        found: type[Memory] = getattr(importlib.import_module(module), name)
-        return found
+        return getattr(importlib.import_module(module), name)
 
 
 MEMORIES: dict[str, MemorySpec] = {

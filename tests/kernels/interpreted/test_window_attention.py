@@ -5,19 +5,24 @@ Triton's kernel runs in the interpreter, FlashAttention is emulated; see ``flash
 
 import dataclasses
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from support import flash_emulation
-from vllm_ahn.attention.gpu import metadata as gpu_metadata
-from vllm_ahn.attention.gpu.flash_attention import FlashAttention
-from vllm_ahn.attention.gpu.plan import AHNGpuMetadata, AHNGpuMetadataPlanner
-from vllm_ahn.attention.gpu.rows import PagedAttention, cut_into_rows
-from vllm_ahn.attention.gpu.triton_attention import TritonAttention
-from vllm_ahn.cache.page import WindowPageLayout, WindowPages
+from vllm_ahn.attention.core import LayerInputs
+from vllm_ahn.attention.gpu import plan as gpu_plan
+from vllm_ahn.attention.gpu.compute import GPUCore
+from vllm_ahn.attention.gpu.plan import GPUPlan, GPUPlanner
+from vllm_ahn.attention.paged import PagedAttention
+from vllm_ahn.attention.paged.flash import FlashAttention
+from vllm_ahn.attention.paged.triton import TritonAttention
+from vllm_ahn.attention.plan import StepRequests, cut_into_spans
 from vllm_ahn.cache.specs import AHNWindowSpec, window_spec
+from vllm_ahn.kernels.pages import WindowPageLayout, WindowPages
 
 TOLERANCE = 2e-6
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 24
@@ -99,67 +104,100 @@ def attention(spec: AHNWindowSpec, kernel: str) -> PagedAttention:
         return TritonAttention(spec, num_heads=HEADS, device=device)
     version = int(kernel[-1])
     flash_emulation.install(version)
-    return FlashAttention(spec, num_heads=HEADS, version=version, device=device, graph_rows=6, graph_splits=4)
+    return FlashAttention(spec, num_heads=HEADS, version=version, device=device, graph_spans=6, graph_splits=4)
 
 
-def planner(batch: Batch, kernel: str = "triton") -> AHNGpuMetadataPlanner:
-    return AHNGpuMetadataPlanner(
+def planner(batch: Batch, kernel: str = "triton") -> GPUPlanner:
+    return GPUPlanner(
         batch.spec, attention(batch.spec, kernel), max_requests=16, max_tokens=256, device=torch.device("cpu")
     )
 
 
-def attend(batch: Batch, metadata: AHNGpuMetadata) -> torch.Tensor:
+def attend(batch: Batch, plan: GPUPlan) -> torch.Tensor:
     output = torch.full_like(batch.query, float("nan"))
-    rows = metadata.windowed or metadata.causal
-    metadata.attention.attend(batch.pages, batch.query, output, rows, SCALE)
+    for spans in plan.windowed:
+        plan.attention.attend(batch.pages, batch.query, output, spans, SCALE)
     return output[: len(batch.expected)]
 
 
 def requests_at(window: int, sinks: int, decode: bool) -> list[tuple[int, int]]:
     """Requests within ``W + S``, about to leave it and past it, in any order."""
     capacity = window + sinks
-    requests = [(capacity - 1, 1), (capacity, 1), (200, 1), (3, 1)]
-    if not decode:
+    requests = [(capacity, 1), (200, 1)]
+    if decode:
+        requests += [(capacity - 1, 1), (3, 1)]
+    else:
         requests += [(0, 7), (capacity - 5, 50), (160, 33), (0, capacity + 3)]
     random.shuffle(requests)
     return requests
 
 
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize("window, sinks, block_size", [(24, 8, 16), (33, 17, 32), (1, 48, 16), (10, 0, 16)])
-def test_attends_to_sinks_and_window_by_a_mask(
-    window: int, sinks: int, block_size: int, decode: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_metadata, "QUERIES_PER_ROW", 20)
-    batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
-    metadata = planner(batch).plan(batch.common)
-    assert not batch.spec.rearrangeable
-    assert metadata.windowed is not None and metadata.windowed.sinks is not None
-    longest = int(metadata.windowed.lens.max())
-    assert longest <= window + sinks + (1 if decode else 20) + 3 * block_size
-    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+MASKED = [(24, 8, 16), (33, 17, 32), (1, 48, 16), (10, 0, 16)]
+SLIDING = [(40, 0, 16), (33, 16, 16), (32, 64, 32), (64, 16, 16), (67, 64, 64)]
+CHUNKS = [(33, 17, 32), (10, 0, 16), (33, 16, 16), (67, 64, 64)]
+"""Settings in which Triton attends to chunks too, which takes the interpreter longest; ``test_tables`` has the tables
+of chunks in all settings."""
 
 
-@pytest.mark.parametrize("kernel", ["triton", "flash2", "flash3"])
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
 @pytest.mark.parametrize(
-    "window, sinks, block_size", [(40, 0, 16), (33, 16, 16), (32, 64, 32), (64, 16, 16), (67, 64, 64)]
+    "setting, decode",
+    [(setting, decode) for setting in MASKED for decode in (True, False) if decode or setting in CHUNKS],
+    ids=str,
 )
-def test_attends_to_sinks_and_window_by_a_sliding_window(
-    window: int, sinks: int, block_size: int, decode: bool, kernel: str
+def test_attends_to_sinks_and_window_by_a_mask(
+    setting: tuple[int, int, int], decode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    window, sinks, block_size = setting
+    monkeypatch.setattr(gpu_plan, "MASKED_QUERIES", 20)
     batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
-    metadata = planner(batch, kernel).plan(batch.common)
+    plan = planner(batch).plan(batch.common)
+    assert not batch.spec.rearrangeable
+    (windowed,) = plan.windowed
+    assert windowed.sinks is not None
+    longest = int(windowed.lens.max())
+    assert longest <= window + sinks + (1 if decode else 20) + 3 * block_size
+    torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
+
+
+SLIDING_CASES = [
+    (setting, kernel, decode)
+    for setting in SLIDING
+    for kernel in ("triton", "flash2", "flash3")
+    for decode in (True, False)
+    if decode or kernel != "triton" or setting in CHUNKS
+]
+
+
+@pytest.mark.parametrize("setting, kernel, decode", SLIDING_CASES, ids=str)
+def test_attends_to_sinks_and_window_by_a_sliding_window(
+    setting: tuple[int, int, int], kernel: str, decode: bool
+) -> None:
+    window, sinks, block_size = setting
+    batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
+    plan = planner(batch, kernel).plan(batch.common)
     assert batch.spec.rearrangeable
-    assert metadata.windowed is not None and metadata.windowed.sinks is None
-    # A chunk of 50 is longer than some of these windows: then its rows are cut.
-    longest = int(metadata.windowed.lens.max())
+    (windowed,) = plan.windowed
+    assert windowed.sinks is None
+    # A chunk of 50 is longer than some of these windows: then it is cut into spans.
+    longest = int(windowed.lens.max())
     assert longest <= window + sinks + (1 if decode else window) + block_size
-    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("window, sinks, block_size", [(33, 17, 32), (40, 0, 16), (33, 32, 32), (67, 16, 16)])
-@pytest.mark.parametrize("requests", [[(150, 1), (70, 1)], [(150, 1), (130, 60)]], ids=["decode", "mixed"])
+DECODES, WITH_A_CHUNK = [(150, 1), (70, 1)], [(150, 1), (130, 60)]
+
+
+@pytest.mark.parametrize(
+    "window, sinks, block_size, requests",
+    [
+        (33, 17, 32, DECODES),
+        (40, 0, 16, DECODES),
+        (33, 32, 32, DECODES),
+        (67, 16, 16, DECODES),
+        (33, 17, 32, WITH_A_CHUNK),
+        (67, 16, 16, WITH_A_CHUNK),
+    ],
+)
 def test_scores_far_below_zero(window: int, sinks: int, block_size: int, requests: list[tuple[int, int]]) -> None:
     """Keys that are masked must not count as keys with a score of 0, beside which all others vanish."""
     batch = make_batch(window, sinks, block_size, requests, mean_score=-300.0)
@@ -171,72 +209,84 @@ def test_decodes_are_split_wherever_a_sliding_window_serves() -> None:
     for block_size in (16, 32, 64):
         spec = make_batch(64, 64, block_size, [(3, 1)]).spec
         assert spec.rearrangeable
-        assert TritonAttention(spec, num_heads=HEADS, device=torch.device("cpu")).max_split_rows > 0
+        assert TritonAttention(spec, num_heads=HEADS, device=torch.device("cpu")).max_split_spans > 0
 
 
 @pytest.mark.parametrize("kernel", ["triton", "flash3"])
 def test_inside_the_capacity_attention_is_plain(kernel: str) -> None:
     batch = make_batch(40, 16, 16, [(0, 48), (20, 3), (47, 1)])
-    metadata = planner(batch, kernel).plan(batch.common)
-    assert metadata.windowed is None and metadata.decode_rows is None and metadata.prefill is None
-    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
+    plan = planner(batch, kernel).plan(batch.common)
+    assert plan.windowed == [plan.causal] and plan.decode_tokens is None and plan.prefill is None
+    torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("sinks, kernel", [(8, "triton"), (16, "triton"), (16, "flash2"), (16, "flash3")])
 def test_a_replayed_graph_finds_another_batch_in_its_buffers(sinks: int, kernel: str) -> None:
     """What is planned at capture is used, with vLLM's and the planner's buffers filled for another batch since."""
     captured = make_batch(24, sinks, 16, [(0, 1)] * 5)
-    plan = planner(captured, kernel)
-    metadata = plan.plan(captured.common, for_capture=True)
-    assert metadata.decode_rows is not None
+    one_planner = planner(captured, kernel)
+    plan = one_planner.plan(captured.common, for_capture=True)
+    assert plan.decode_tokens is not None
     # A step with a chunk in between leaves the buffers alone or is forgotten.
     chunk = make_batch(24, sinks, 16, [(200, 1), (100, 30)])
-    plan.plan(chunk.common)
+    one_planner.plan(chunk.common)
     batch = make_batch(24, sinks, 16, [(200, 1), (10, 1), (24 + sinks, 1)], num_padding=2)
     for name in ("query_start_loc", "seq_lens"):
         getattr(captured.common, name).copy_(getattr(batch.common, name))
         setattr(batch.common, name, getattr(captured.common, name))
-    plan.plan(batch.common)
-    torch.testing.assert_close(attend(batch, metadata), batch.expected, rtol=0, atol=TOLERANCE)
-    assert metadata.decode_rows.tolist() == [0, -1, 2, -1, -1]
+    one_planner.plan(batch.common)
+    torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
+    assert plan.decode_tokens.tolist() == [0, -1, 2, -1, -1]
 
 
 def test_what_flash_attention_is_asked() -> None:
     """Version 3 is given its schedule once a step; only what graphs may replay is bounded in its splits."""
     batch = make_batch(64, 16, 16, [(200, 1)] * 6)
-    metadata = planner(batch, "flash3").plan(batch.common)
-    assert metadata.windowed is not None
-    schedule = metadata.windowed.schedule
-    flash = metadata.attention
+    plan = planner(batch, "flash3").plan(batch.common)
+    (windowed,) = plan.windowed
+    schedule = windowed.schedule
+    flash = plan.attention
     assert isinstance(flash, FlashAttention) and flash.kept is not None and schedule is not None
-    assert schedule.data_ptr() == flash.kept.data_ptr() and flash._max_splits(metadata.windowed) == 4
+    assert schedule.data_ptr() == flash.kept.data_ptr() and flash._max_splits(windowed) == 4
     flash_emulation.calls.clear()
-    attend(batch, metadata)
+    attend(batch, plan)
     asked = {"version": 3, "batch": 6, "max_seqlen_q": 1, "window": 79, "scheduled": True}
     assert flash_emulation.calls == [asked]
 
     for requests in ([(200, 1)] * 7, [(200, 1), (100, 30)]):  # more than graphs are for; not decodes alone
         batch = make_batch(64, 16, 16, requests)
-        windowed = planner(batch, "flash3").plan(batch.common).windowed
-        assert windowed is not None and windowed.schedule is not None
+        (windowed,) = planner(batch, "flash3").plan(batch.common).windowed
+        assert windowed.schedule is not None
         assert windowed.schedule.data_ptr() != flash.kept.data_ptr() and flash._max_splits(windowed) == 0
-    windowed = planner(batch, "flash2").plan(batch.common).windowed
-    assert windowed is not None and windowed.schedule is None
+    (windowed,) = planner(batch, "flash2").plan(batch.common).windowed
+    assert windowed.schedule is None
 
 
-@pytest.mark.parametrize("queries_per_row, block_size", [(1, 1), (7, 1), (64, 1), (16, 16), (48, 16)])
-def test_rows_cover_all_queries_once(queries_per_row: int, block_size: int) -> None:
-    generator = random.Random(queries_per_row)
+@pytest.mark.parametrize("kernel", ["triton", "flash2", "flash3"])
+def test_tensors_that_are_padded_for_a_graph(kernel: str) -> None:
+    """Piecewise graphs pad the layers' tensors, and not the plan."""
+    batch = make_batch(64, 16, 16, [(200, 1), (100, 30), (0, 9)])
+    padded = torch.nn.functional.pad(batch.query, (0, 0, 0, 0, 0, 24), value=float("nan"))
+    key = torch.full((len(padded), KV_HEADS, HEAD_SIZE), float("nan"))
+    inputs = LayerInputs(padded, key, key, padded, None, None, torch.full_like(padded, float("nan")))
+    layer: Any = SimpleNamespace(pages=batch.pages, memory=None, full_attention=False, scale=SCALE)
+    GPUCore().run(layer, inputs, planner(batch, kernel).plan(batch.common), None)
+    torch.testing.assert_close(inputs.output[: len(batch.expected)], batch.expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("queries_per_span, block_size", [(1, 1), (7, 1), (64, 1), (16, 16), (48, 16)])
+def test_spans_cover_all_queries_once(queries_per_span: int, block_size: int) -> None:
+    generator = random.Random(queries_per_span)
     lens = [generator.choice((0, 1, 1, 6, 7, 8, 70)) for _ in range(40)]
     seq_lens = torch.tensor([length + generator.randrange(50) for length in lens]).numpy()
     starts = torch.tensor([0, *lens]).cumsum(0).numpy()
-    requests, row_starts, row_lens = cut_into_rows(starts, seq_lens, queries_per_row, block_size)
+    owners, span_starts, span_lens = cut_into_spans(StepRequests(starts, seq_lens, 10), queries_per_span, block_size)
     queries = []
-    for row, request in enumerate(requests):
-        num_queries = row_starts[row + 1] - row_starts[row]
+    for span, request in enumerate(owners):
+        num_queries = span_starts[span + 1] - span_starts[span]
         assert num_queries > 0
-        first = row_lens[row] - num_queries
-        assert row_lens[row] - first // block_size * block_size <= queries_per_row
+        first = span_lens[span] - num_queries
+        assert span_lens[span] - first // block_size * block_size <= queries_per_span
         queries += [(request, first + i) for i in range(num_queries)]
     positions = [
         (request, seq_lens[request] - length + i) for request, length in enumerate(lens) for i in range(length)

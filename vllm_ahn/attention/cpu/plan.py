@@ -1,67 +1,119 @@
-"""Turns vLLM's batch into the work of an AHN layer, once a step for all layers.
+"""What a step's batch asks of AHN layers on a CPU, worked out once for all layers."""
 
-A step gives every request some new tokens. The tokens of requests that still fit ``W + S`` are plain causal attention,
-done together by vLLM's own kernel. The others are past the lossless memory, wholly or in part; they fall into
+from dataclasses import dataclass, field
 
-* **decodes**: one new token, past ``W + S``. All of them are handled as one batch.
-* **chunks**: several new tokens, the last of which is past ``W + S``.
-
-Everything is decided by position. What a block table holds below the window, or behind a request's end, is other
-requests' business.
-"""
-
+import numpy as np
 import torch
-from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ahn.attention.cpu import lossless
-from vllm_ahn.attention.cpu.batch import AHNMetadata, Chunk, DecodeBatch, PagedBatch
+from vllm_ahn.attention.paged import PagedAttention
+from vllm_ahn.attention.paged.cpu import MASKED_QUERIES
+from vllm_ahn.attention.plan import AttentionSpans, StepRequests, cut_into_spans
+from vllm_ahn.attention.window import compact_tables, span_limits
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.kernels.prefill_plan import Stretch
 
 
-class AHNPlanner:
-    """Plans steps for the layers of a window group.
+@dataclass
+class Decodes:
+    """One new token each of ``R`` requests, all beyond ``W + S``: each absorbs one token and reads."""
+
+    tokens: torch.Tensor
+    """``[R]`` int64, where in the batch they are."""
+    requests: torch.Tensor
+    """``[R]`` int64, their rows in the block tables."""
+    positions: torch.Tensor
+    """``[R]`` int64, ``t``."""
+    fresh: torch.Tensor
+    """``[R]`` bool: ``t = W + S``, the state is zero and its pages hold nothing yet."""
+    evicted_blocks: torch.Tensor
+    evicted_offsets: torch.Tensor
+    """``[R]`` int64 each: where token ``t - W`` lies."""
+
+
+@dataclass
+class Chunk:
+    """Several new tokens of one request, the last of them beyond ``W + S``."""
+
+    stretch: Stretch
+    """What it absorbs, and the tokens that read after it."""
+    fresh: bool
+    """No token was absorbed before this step: the state is zero and its pages hold nothing yet."""
+    evicted_blocks: torch.Tensor
+    """``[num_blocks]`` int64, the blocks of the absorbed tokens."""
+    evicted_offset: int
+    """Offset of the first of them in the first block."""
+
+    @property
+    def tokens(self) -> slice:
+        """The reading tokens in the batch."""
+        return slice(self.stretch.first_token, self.stretch.first_token + self.stretch.length)
+
+    def positions(self) -> torch.Tensor:
+        """``[length]`` int64, positions of the reading tokens."""
+        return self.stretch.first_position + torch.arange(self.stretch.length)
+
+
+@dataclass
+class CPUPlan:
+    """One step's work."""
+
+    spec: AHNWindowSpec
+    num_tokens: int
+    slot_mapping: torch.Tensor
+    """``[num_tokens]`` int64, where the new tokens' keys, values and gates go."""
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    """``[num_tokens]`` int64 each: the same, as blocks and offsets in them."""
+    new_blocks: torch.Tensor | None
+    """``[n]`` int64, window blocks that this step begins and does not fill; None if there are none."""
+    attention: PagedAttention
+    causal: AttentionSpans | None
+    """Plain causal attention of all requests, where a layer wants it."""
+    windowed: list[AttentionSpans]
+    """Sinks and window of all requests."""
+    decodes: Decodes | None = None
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class CPUPlanner:
+    """Turns vLLM's batch into a :class:`CPUPlan`.
 
     Args:
-        spec: the group's spec.
-        num_heads: query heads of a layer on this rank.
-        dtype: dtype of queries, keys and values.
+        spec: the window group's spec.
+        attention: the kernel that attends.
     """
 
-    def __init__(self, spec: AHNWindowSpec, *, num_heads: int, dtype: torch.dtype) -> None:
+    def __init__(self, spec: AHNWindowSpec, attention: PagedAttention) -> None:
         self.spec = spec
-        self.num_heads = num_heads
-        self.dtype = dtype
+        self.attention = attention
 
-    def plan(self, common: CommonAttentionMetadata) -> AHNMetadata:
-        """Plan a step. ``common`` is the window group's; its tensors live on the CPU."""
+    def plan(self, common: CommonAttentionMetadata, for_capture: bool = False) -> CPUPlan:
+        """Plan a step; ``common`` is the window group's, its tensors live on the CPU."""
+        assert not for_capture
+        spec = self.spec
+        requests = StepRequests(common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(), spec.capacity)
         slot_mapping = common.slot_mapping[: common.num_actual_tokens]
-        blocks, offsets = slot_mapping // self.spec.block_size, slot_mapping % self.spec.block_size
-        past = common.seq_lens > self.spec.capacity
-        everything = self._natural(common, None) if self.spec.retain_all else None
-        metadata = AHNMetadata(
+        blocks, offsets = slot_mapping // spec.block_size, slot_mapping % spec.block_size
+        any_beyond = bool(requests.beyond_window.any())
+        causal = self._causal(common, None) if spec.retain_all or not any_beyond else None
+        windowed = self._windowed(common, requests) if any_beyond else [causal]
+        for spans in [causal, *windowed] if any_beyond else [causal]:
+            if spans is not None:
+                self.attention.schedule(spans)
+        return CPUPlan(
+            spec=spec,
             num_tokens=common.num_actual_tokens,
             slot_mapping=slot_mapping,
             blocks=blocks,
             offsets=offsets,
             new_blocks=self._partly_new_blocks(blocks, offsets),
-            everything=everything,
-            inside=None,
+            attention=self.attention,
+            causal=causal,
+            windowed=[spans for spans in windowed if spans is not None],
+            decodes=self._decodes(common, requests) if requests.decodes.any() else None,
+            chunks=[self._chunk(common, stretch) for stretch in requests.stretches()],
         )
-        if not past.any():
-            metadata.inside = everything or self._natural(common, None)
-            return metadata
-        if not past.all():
-            metadata.inside = self._natural(common, (~past).nonzero().flatten())
-        if self.spec.rearrangeable:
-            metadata.past = self._rearranged(common, past.nonzero().flatten())
-        single = common.query_start_loc_cpu.diff() == 1
-        decoding = (past & single).nonzero().flatten()
-        if len(decoding):
-            metadata.decodes = self._decode_batch(common, decoding)
-        metadata.chunks = [self._chunk(common, int(request)) for request in (past & ~single).nonzero()]
-        return metadata
 
     def _partly_new_blocks(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
         begun, filled = blocks[offsets == 0], blocks[offsets == self.spec.block_size - 1]
@@ -69,116 +121,93 @@ class AHNPlanner:
             begun = begun[torch.isin(begun, filled, invert=True)]
         return begun if len(begun) else None
 
-    def _natural(self, common: CommonAttentionMetadata, requests: torch.Tensor | None) -> PagedBatch:
-        """Plain causal attention of the given requests, or of all."""
-        if requests is None:
-            return self._paged(None, common.query_start_loc, common.seq_lens, common.block_table_tensor, -1)
-        starts, lengths = _query_ranges(common, requests)
-        seq_lens, tables = common.seq_lens[requests], common.block_table_tensor[requests]
-        return self._paged(_rows(starts, lengths), _start_loc(lengths), seq_lens, tables, -1)
-
-    def _rearranged(self, common: CommonAttentionMetadata, requests: torch.Tensor) -> PagedBatch:
-        """Attention of requests past ``W + S``: a sliding window over rearranged tables."""
-        starts, lengths = _query_ranges(common, requests)
-        ends = common.seq_lens[requests].long()
-        rows = None if len(requests) == common.num_reqs else _rows(starts, lengths)
-        runs = [
-            (request, *run)
-            for request, start, end in zip(requests.tolist(), (ends - lengths).tolist(), ends.tolist(), strict=True)
-            for run in lossless.segments(self.spec, start, end)
-        ]
-        owners, run_starts, run_ends = torch.tensor(runs).unbind(-1)
-        tables, seq_lens = lossless.rearranged_tables(
-            self.spec, common.block_table_tensor[owners], run_starts, run_ends
+    def _causal(self, common: CommonAttentionMetadata, chosen: np.ndarray | None) -> AttentionSpans:
+        """Plain causal attention of the requests ``chosen [n]``, or of all."""
+        spans = AttentionSpans(
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            common.max_query_len,
+            common.max_seq_len,
         )
-        return self._paged(rows, _start_loc(run_ends - run_starts), seq_lens, tables, self.spec.capacity)
+        if chosen is not None:
+            owners = torch.from_numpy(chosen)
+            starts = common.query_start_loc_cpu.long()
+            spans.query_start_loc, spans.tokens = _select(starts[owners], starts[owners + 1])
+            spans.lens, spans.block_table = spans.lens[owners], spans.block_table[owners]
+        return spans
 
-    def _paged(
-        self,
-        rows: torch.Tensor | None,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        sliding_window: int,
-    ) -> PagedBatch:
-        return lossless.paged_batch(
-            self.spec,
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            rows=rows,
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
-            block_table=block_table,
-            sliding_window=sliding_window,
-        )
+    def _windowed(self, common: CommonAttentionMetadata, requests: StepRequests) -> list[AttentionSpans]:
+        """Sinks and window of all requests, some of which are beyond ``W + S``."""
+        if self.spec.rearrangeable:
+            return [self._compact(common, requests, None)]
+        # Keys are gathered under a mask, which is slower: only for those that need it, and decodes as one batch.
+        within = ((requests.query_lens > 0) & ~requests.beyond_window).nonzero()[0]
+        groups = [self._causal(common, within)] if len(within) else []
+        for some in (requests.decodes, requests.chunks):
+            if some.any():
+                groups.append(self._compact(common, requests, some))
+        return groups
 
-    def _decode_batch(self, common: CommonAttentionMetadata, requests: torch.Tensor) -> DecodeBatch:
-        tables = common.block_table_tensor[requests].long()
-        positions = common.seq_lens[requests].long() - 1
-        evicted = positions - self.spec.window
-        return DecodeBatch(
-            rows=common.query_start_loc_cpu[requests].long(),
-            requests=requests,
-            positions=positions,
-            first_read=positions == self.spec.capacity,
-            evicted_blocks=tables.gather(1, (evicted // self.spec.block_size).unsqueeze(-1)).squeeze(-1),
-            evicted_offsets=evicted % self.spec.block_size,
-            keys=None if self.spec.rearrangeable else lossless.decode_keys(self.spec, tables, positions),
-        )
-
-    def _chunk(self, common: CommonAttentionMetadata, request: int) -> Chunk:
+    def _compact(
+        self, common: CommonAttentionMetadata, requests: StepRequests, some: np.ndarray | None
+    ) -> AttentionSpans:
+        """Spans over compacted tables, of all requests or of ``some [num_requests]`` bool."""
         spec = self.spec
-        table = common.block_table_tensor[request].long()
-        first_row, last_row = (int(row) for row in common.query_start_loc_cpu[request : request + 2])
-        end = int(common.seq_lens[request])
-        start = end - (last_row - first_row)
-        first_read = max(start, spec.capacity)
-        evicted = first_read - spec.window
-        last_evicted = end - 1 - spec.window
+        owners, bounds, lens = cut_into_spans(requests, *span_limits(spec, MASKED_QUERIES))
+        starts, ends = torch.from_numpy(bounds[:-1]).long(), torch.from_numpy(bounds[1:]).long()
+        chosen = torch.from_numpy(owners), torch.from_numpy(lens).long()
+        tokens, query_start_loc = None, torch.from_numpy(bounds).int()
+        if some is not None:
+            keep = torch.from_numpy(some[owners])
+            starts, ends, chosen = starts[keep], ends[keep], tuple(part[keep] for part in chosen)
+            query_start_loc, tokens = _select(starts, ends)
+        span_owners, span_ends = chosen
+        query_lens = ends - starts
+        tables, compact_lens = compact_tables(
+            spec, common.block_table_tensor[span_owners], span_ends - query_lens, span_ends
+        )
+        return AttentionSpans(
+            query_start_loc,
+            compact_lens,
+            tables,
+            max_query_len=int(query_lens.max()),
+            max_len=int(compact_lens.max()),
+            sliding_window=spec.capacity if spec.rearrangeable else spec.window,
+            sinks=None if spec.rearrangeable else torch.full_like(compact_lens, spec.sinks),
+            tokens=tokens,
+        )
+
+    def _decodes(self, common: CommonAttentionMetadata, requests: StepRequests) -> Decodes:
+        spec = self.spec
+        owners = torch.from_numpy(requests.decodes.nonzero()[0])
+        positions = common.seq_lens[owners].long() - 1
+        evicted = positions - spec.window
+        tables = common.block_table_tensor[owners].long()
+        return Decodes(
+            tokens=common.query_start_loc_cpu[owners].long(),
+            requests=owners,
+            positions=positions,
+            fresh=positions == spec.capacity,
+            evicted_blocks=tables.gather(1, (evicted // spec.block_size).unsqueeze(-1)).squeeze(-1),
+            evicted_offsets=evicted % spec.block_size,
+        )
+
+    def _chunk(self, common: CommonAttentionMetadata, stretch: Stretch) -> Chunk:
+        spec = self.spec
+        first = stretch.first_position - spec.window
+        blocks = slice(first // spec.block_size, (first + stretch.length - 1) // spec.block_size + 1)
         return Chunk(
-            request=request,
-            first_row=first_row + first_read - start,
-            last_row=last_row,
-            first_position=first_read,
-            first_read=first_read == spec.capacity,
-            evicted_blocks=table[evicted // spec.block_size : last_evicted // spec.block_size + 1],
-            evicted_offset=evicted % spec.block_size,
-            keys=[] if self.spec.rearrangeable else lossless.chunk_keys(spec, table, first_row, start, end),
+            stretch,
+            fresh=stretch.first_position == spec.capacity,
+            evicted_blocks=common.block_table_tensor[stretch.request, blocks].long(),
+            evicted_offset=first % spec.block_size,
         )
 
 
-class AHNMetadataBuilder(AttentionMetadataBuilder[AHNMetadata]):
-    """Builds :class:`AHNMetadata` once a step, for all layers of the window group."""
-
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        assert isinstance(kv_cache_spec, AHNWindowSpec)
-        self.planner = AHNPlanner(
-            kv_cache_spec,
-            num_heads=vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
-            dtype=vllm_config.model_config.dtype,
-        )
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> AHNMetadata:
-        return self.planner.plan(common_attn_metadata)
-
-
-def _query_ranges(common: CommonAttentionMetadata, requests: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First rows and numbers of rows of requests, ``[n]`` int64 each."""
-    starts = common.query_start_loc_cpu[requests].long()
-    return starts, common.query_start_loc_cpu[requests + 1].long() - starts
-
-
-def _rows(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Rows of consecutive ranges, ``[sum of lengths]`` int64."""
-    offsets = starts - (lengths.cumsum(0) - lengths)
-    return torch.arange(int(lengths.sum())) + offsets.repeat_interleave(lengths)
-
-
-def _start_loc(lengths: torch.Tensor) -> torch.Tensor:
-    """``query_start_loc`` of queries of these lengths, ``[n + 1]`` int32."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+def _select(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``query_start_loc [n + 1]`` int32 and the tokens, int64, of consecutive ranges ``[n]`` of a batch."""
+    lens = ends - starts
+    query_start_loc = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
+    tokens = torch.arange(int(lens.sum())) + (starts - query_start_loc[:-1]).repeat_interleave(lens)
+    return query_start_loc.int(), tokens

@@ -1,176 +1,166 @@
-"""An AHN layer's core on devices that run Triton: write the pages, attend, absorb, read, add.
+"""An AHN layer on devices that run Triton: write the pages, attend, absorb, read, add.
 
-Window attention is vLLM's paged attention over compacted block tables, by Triton or FlashAttention; the memory's
-kernels are this package's own.
+Attention is vLLM's paged attention over compacted block tables, by Triton or FlashAttention; the memory's kernels are
+this package's own.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
+import triton
+from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_ahn.attention.gpu.plan import AHNGpuMetadata
-from vllm_ahn.attention.gpu.warm_up import warm_up_once
-from vllm_ahn.cache.page import StatePages, WindowPages
+from vllm_ahn.attention.core import Layer, LayerInputs
+from vllm_ahn.attention.gpu.plan import GPUPlan, GPUPlanner
+from vllm_ahn.attention.paged.choose import choose_attention
+from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.kernels.cache_write import write_window_pages
 from vllm_ahn.kernels.decode import decode_memory
+from vllm_ahn.kernels.pages import StatePages
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_plan import CHUNK_SIZE, PrefillPlan
 from vllm_ahn.kernels.read_out import gated_squares, read_out
 from vllm_ahn.memory.base import Memory
-from vllm_ahn.memory.router import Router
-
-if TYPE_CHECKING:
-    from vllm_ahn.attention.layer import AHNAttention
-
-__all__ = ["reserve", "run", "warm_up_once"]
 
 
-def run(
-    layer: "AHNAttention",
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    memory_query: torch.Tensor,
-    gates: torch.Tensor | None,
-    z: torch.Tensor | None,
-    output: torch.Tensor,
-    metadata: AHNGpuMetadata,
-    state_table: torch.Tensor | None,
-) -> None:
-    """The operation itself, on tensors split by heads; writes ``output``.
+class GPUCore:
+    """See :class:`Core`."""
 
-    Shapes are those of :meth:`AHNAttention.forward`; ``metadata`` is what this core's planner made of the step,
-    ``state_table`` the state group's block table, None where no layer has a memory.
-    """
-    pages, memory = layer.pages, layer.memory
-    assert pages is not None
-    write_window_pages(key, value, gates, metadata.slot_mapping, pages.keys, pages.values, pages.gates)
-    rows = metadata.causal if layer.full_attention or metadata.windowed is None else metadata.windowed
-    metadata.attention.attend(pages, query[: metadata.num_tokens], output, rows, layer.scale)
-    if memory is None:
-        return
-    assert layer.state is not None and layer.state.pages is not None and state_table is not None and z is not None
-    where = (layer, memory, pages, layer.state.pages, state_table, memory_query, z, output)
-    if metadata.decode_rows is not None:
-        decode(*where, metadata, metadata.decode_rows)
-    if metadata.prefill is not None:
-        prefill(*where, metadata.prefill)
+    cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    compiles = not triton.knobs.runtime.interpret
 
+    def make_planner(self, spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch.device) -> GPUPlanner:
+        return GPUPlanner(
+            spec,
+            choose_attention(spec, vllm_config, device),
+            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            device=device,
+        )
 
-def reserve(layer: "AHNAttention", query: torch.Tensor) -> None:
-    """Take for a moment what the memory's prefill takes for a batch ``query [num_tokens, num_heads, head_size]``.
+    def reserve(self, layer: Layer, query: torch.Tensor) -> None:
+        if layer.memory is None:
+            return
+        # Inputs, outputs and what lies between of the chunk kernels, each as large as the queries, and a state a chunk.
+        chunks = cdiv(len(query), CHUNK_SIZE) + 1
+        states = chunks * query.shape[1] * query.shape[2] ** 2
+        torch.empty(12 * query.numel() + 2 * states, dtype=query.dtype, device=query.device)
 
-    vLLM finds out how much memory is left for its cache by a run without requests.
-    """
-    if layer.memory is None:
-        return
-    # Inputs, outputs and what lies between of the chunk kernels, each as large as the queries, and a state a chunk.
-    chunks = cdiv(len(query), CHUNK_SIZE) + 1
-    states = chunks * query.shape[1] * query.shape[2] ** 2
-    torch.empty(12 * query.numel() + 2 * states, dtype=query.dtype, device=query.device)
+    def run(self, layer: Layer, inputs: LayerInputs, plan: GPUPlan, state_table: torch.Tensor | None) -> None:
+        pages, memory = layer.pages, layer.memory
+        assert pages is not None
+        write_window_pages(inputs.key, inputs.value, inputs.gates, plan.slot_mapping, pages)
+        # Tensors may be padded to the size of a CUDA graph, and FlashAttention takes no output longer than its queries.
+        query, output = inputs.query[: plan.num_tokens], inputs.output[: plan.num_tokens]
+        for spans in [plan.causal] if layer.full_attention else plan.windowed:
+            plan.attention.attend(pages, query, output, spans, layer.scale)
+        if memory is None:
+            return
+        assert layer.state is not None and layer.state.pages is not None and state_table is not None
+        where = (layer, memory, layer.state.pages, state_table, inputs, plan)
+        if plan.decode_tokens is not None:
+            decode(*where, plan.decode_tokens)
+        if plan.prefill is not None:
+            prefill(*where, plan.prefill)
 
 
 def decode(
-    layer: "AHNAttention",
+    layer: Layer,
     memory: Memory,
-    pages: WindowPages,
     state_pages: StatePages,
     state_table: torch.Tensor,
-    memory_query: torch.Tensor,
-    z: torch.Tensor,
-    output: torch.Tensor,
-    metadata: AHNGpuMetadata,
-    rows: torch.Tensor,
+    inputs: LayerInputs,
+    plan: GPUPlan,
+    tokens: torch.Tensor,
 ) -> None:
-    """Absorb and read one token of each request that has a row, and add what is read to ``output``."""
-    o = torch.empty((len(rows), *output.shape[1:]), dtype=torch.float32, device=output.device)
+    """Absorb and read one token of each request that has one in ``tokens``, and add what is read to the output."""
+    pages, output = layer.pages, inputs.output
+    assert pages is not None
+    o = torch.empty((len(tokens), *output.shape[1:]), dtype=torch.float32, device=output.device)
     decode_memory(
-        memory_query,
-        pages.keys,
-        pages.values,
-        pages.gates,
-        metadata.block_table,
-        state_pages.columns,
+        inputs.memory_query,
+        pages,
+        plan.block_table,
+        state_pages,
         state_table,
-        rows,
-        metadata.seq_lens,
+        tokens,
+        plan.seq_lens,
         o,
-        memory=memory.spec.name,
-        window=layer.config.window,
-        sinks=layer.config.sinks,
+        memory=memory.spec,
+        window=plan.spec.window,
+        sinks=plan.spec.sinks,
         scale=memory.scale,
         A_log=memory.decay_of_rate,
     )
-    positions = metadata.seq_lens if layer.router is None else metadata.seq_lens - 1
-    read(memory, layer.router, o, z, rows, positions, output)
+    positions = None if layer.router is None else plan.seq_lens - 1
+    read(layer, memory, o, inputs, plan, tokens, positions)
 
 
 def prefill(
-    layer: "AHNAttention",
+    layer: Layer,
     memory: Memory,
-    pages: WindowPages,
     state_pages: StatePages,
     state_table: torch.Tensor,
-    memory_query: torch.Tensor,
-    z: torch.Tensor,
-    output: torch.Tensor,
-    plan: PrefillPlan,
+    inputs: LayerInputs,
+    plan: GPUPlan,
+    stretches: PrefillPlan,
 ) -> None:
-    """Absorb what chunks evict, one token before each read, and add what is read to ``output``."""
+    """Absorb what chunks evict, one token before each read, and add what is read to the output."""
+    pages = layer.pages
+    assert pages is not None
     o = prefill_memory(
-        memory_query,
-        pages.keys,
-        pages.values,
-        pages.gates,
-        state_pages.columns,
+        inputs.memory_query,
+        pages,
+        state_pages,
         state_table,
-        plan,
-        memory=memory.spec.name,
+        stretches,
+        memory=memory.spec,
         scale=memory.scale,
         A_log=memory.decay_of_rate,
     )
-    read(memory, layer.router, o, z, plan.rows, plan.positions, output)
+    read(layer, memory, o, inputs, plan, stretches.reads, stretches.positions)
 
 
 def read(
+    layer: Layer,
     memory: Memory,
-    router: Router | None,
     o: torch.Tensor,
-    z: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    output: torch.Tensor,
+    inputs: LayerInputs,
+    plan: GPUPlan,
+    tokens: torch.Tensor,
+    positions: torch.Tensor | None,
 ) -> None:
-    """Norm, gate, project and weigh what was read, and add it to ``output``.
+    """Norm, gate, project and weigh what was read, and add it to the output.
 
     Args:
-        memory: the layer's memory.
-        router: weighs it against the attention output, or None for an even sum.
+        layer: the layer; its router, if it has one, weighs what was read against the attention output.
+        memory: its memory.
         o: ``[num_reads, num_heads, head_size]``, from the recurrence.
-        z: ``[num_tokens, num_heads]`` float32, read-out gates of the batch.
-        rows: ``[num_reads]`` int32, the reading tokens' rows in the batch, -1 where nothing was read.
+        inputs: the layer's tensors; the output is updated.
+        plan: the step's.
+        tokens: ``[num_reads]`` int32, where in the batch the reading tokens are, -1 where nothing was read.
         positions: ``[num_reads]`` integer, their positions; not looked at without a router.
-        output: ``[num_tokens, num_heads, head_size]``, updated.
     """
-    weights = None if router is None else router(positions)
+    z, weights = inputs.z, None
+    assert z is not None
+    if layer.router is not None:
+        weights = layer.router(positions, plan.spec.window, plan.spec.sinks)
+    squares, norm_size = None, None
     if memory.spec.norm_all_heads:
-        squares = torch.empty(len(rows), dtype=torch.float32, device=o.device)
-        gated_squares(o, z, rows, squares)
+        squares = torch.empty(len(tokens), dtype=torch.float32, device=o.device)
+        gated_squares(o, z, tokens, squares)
         if memory.tp_size > 1:
             squares = tensor_model_parallel_all_reduce(squares)
-        size = memory.total_num_heads * memory.head_size
-        read_out(
-            o,
-            z,
-            rows,
-            memory.norm.weight,
-            memory.out_proj.weight,
-            output,
-            squares=squares,
-            norm_size=size,
-            router=weights,
-        )
-    else:
-        read_out(o, z, rows, memory.norm.weight, memory.out_proj.weight, output, router=weights)
+        norm_size = memory.total_num_heads * memory.head_size
+    read_out(
+        o,
+        z,
+        tokens,
+        memory.norm.weight,
+        memory.out_proj.weight,
+        inputs.output,
+        squares=squares,
+        norm_size=norm_size,
+        router=weights,
+    )

@@ -1,0 +1,273 @@
+"""What it costs to keep gates, or the state, in bfloat16, over 100,000 tokens.
+
+    python benchmarks/precision.py gates
+    python benchmarks/precision.py state
+
+``gates``: they are computed in float32 and stored beside K and V in the cache dtype until their token leaves the
+window. Here the recurrence runs in float64 on the same random tokens, once with the gates as computed and once with the
+gates as read back from a bfloat16 page, and states and read-outs are compared along the sequence. As a yardstick it
+runs a third time with K and V in bfloat16 instead, which is what any bfloat16 cache does to them.
+
+``state`` (``--mamba-ssm-cache-dtype bfloat16``): arithmetic is float32 in both cases; the state is rounded whenever it
+is written. A decode writes it after each token, a prefill once for all of its tokens in a step. So the recurrence runs
+with the state as it is, rounded after each token, and rounded after each 2,048 tokens.
+
+Each memory has eight heads: four time scales, from a half-life of 10 tokens to one of 100,000, each with gates that
+vary from token to token and with gates that hardly do. The latter are rounded the same way every time: their errors add
+up instead of averaging out, which comes to a decay or a rate that is off by at most 2^-8, 0.39 %. Writes
+``results/gate-precision.json`` and ``.md``, or ``state-precision``, beside this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import report
+from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence, recurrent_step
+from vllm_ahn.memory.spec import MEMORIES, MemorySpec
+
+HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 64
+HALF_LIVES = (10, 300, 5000, 100_000)  # tokens; two heads each, the second with steady gates
+RATE_LOGITS = (-4.1, -1.7, 0.4, 2.3)  # DeltaNet has no decay: how much of a token it takes in sets its time scale
+VARIATION, STEADY = 1.0, 0.001  # standard deviation of a projected gate
+SEGMENT = 5000  # tokens at a time
+PREFILL = 2048  # tokens that one step of a prefill absorbs
+READ = 64  # tokens whose read-outs are compared
+MARKS = (1000, 10_000, 100_000)
+
+Gates = tuple[torch.Tensor, ...]
+Result = tuple[torch.Tensor, torch.Tensor]
+"""Read-outs ``[T, H, D]`` and the state ``[1, H, D, D]`` after them, float64."""
+
+
+def by_head(values: tuple[float, ...]) -> torch.Tensor:
+    """Return ``[H]``, each value for two heads."""
+    return torch.tensor(values).repeat_interleave(2)
+
+
+SPREAD = torch.tensor([VARIATION, STEADY]).repeat(HEADS // 2)
+DECAY = math.log(2) / by_head(tuple(map(float, HALF_LIVES)))  # -g of an average token
+DT = 0.05  # softplus(dt_bias) of GatedDeltaNet, an average one of its published initialisation
+
+
+def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
+    """Return what `F.softplus` makes ``x`` of."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+def random_gates(memory: MemorySpec, a: torch.Tensor, b: torch.Tensor) -> Gates:
+    """Return the gates that tokens keep, ``[T, H]`` float32 each, from two standard normal tensors ``[T, H]``."""
+    if memory.keeps_decay:  # g = -exp(A_log) softplus(a + dt_bias), b a sigmoid
+        steps = F.softplus(a * SPREAD + inverse_softplus(torch.tensor(DT)))
+        return -DECAY / DT * steps, torch.sigmoid(0.4 + b * SPREAD)
+    if memory.decay_from_rate:  # d = softplus(dt + dt_bias), with A = 1
+        return (F.softplus(a * SPREAD + inverse_softplus(DECAY)),)
+    return (torch.sigmoid(by_head(RATE_LOGITS) + b * SPREAD),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A stretch of a sequence, float32: ``q [T, H, D]``, ``k`` and ``v`` ``[T, Hkv, D]``, and the kept gates."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gates: Gates
+
+    def part(self, start: int, end: int) -> Tokens:
+        """Return tokens ``[start, end)``."""
+        q, k, v = (x[start:end] for x in (self.q, self.k, self.v))
+        return Tokens(q, k, v, tuple(x[start:end] for x in self.gates))
+
+    def inputs(self, memory: MemorySpec) -> tuple[torch.Tensor, ...]:
+        """Return what the recurrence takes, float64: ``q, k, v, g, b``."""
+        gates = [x.double() for x in self.gates]
+        g = gates[0] if memory.keeps_decay else -gates[0] if memory.decay_from_rate else torch.zeros_like(gates[0])
+        return l2_normalize(self.q.double()), l2_normalize(self.k.double()), self.v.double(), g, gates[-1]
+
+
+def stretches(memory: MemorySpec, tokens: int) -> Iterator[Tokens]:
+    """Yield random tokens. Keys and queries share a direction, as those of language models do: not orthogonal."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    common = normal(KV_HEADS, HEAD_SIZE)
+    for start in range(0, tokens, SEGMENT):
+        length = min(SEGMENT, tokens - start)
+        q = normal(length, HEADS, HEAD_SIZE) + common.repeat_interleave(HEADS // KV_HEADS, 0)
+        k, v = normal(length, KV_HEADS, HEAD_SIZE) + common, normal(length, KV_HEADS, HEAD_SIZE)
+        yield Tokens(q, k, v, random_gates(memory, normal(length, HEADS), normal(length, HEADS)))
+
+
+def in_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` as it comes back from a bfloat16 page."""
+    return x.bfloat16().to(x.dtype)
+
+
+def recur(
+    memory: MemorySpec,
+    tokens: Tokens,
+    state: torch.Tensor | None,
+    done: int = 0,
+    recurrence: Callable[..., Any] = chunk_recurrence,
+) -> Result:
+    """Return the read-outs and the state after a stretch, before which ``done`` tokens came."""
+    inputs = (x[None] for x in tokens.inputs(memory))
+    o, state = recurrence(*inputs, memory.scale(HEAD_SIZE), memory.delta, state)
+    return o[0], state
+
+
+def rounded_gates(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+    """`recur` with gates in bfloat16."""
+    return recur(memory, dataclasses.replace(tokens, gates=tuple(map(in_bfloat16, tokens.gates))), state)
+
+
+def rounded_keys(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+    """`recur` with K and V in bfloat16."""
+    return recur(memory, dataclasses.replace(tokens, k=in_bfloat16(tokens.k), v=in_bfloat16(tokens.v)), state)
+
+
+def decoded(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+    """`recur` with the state rounded after each token. What is read is the state before that."""
+    if state is None:
+        state = torch.zeros(1, HEADS, HEAD_SIZE, HEAD_SIZE, dtype=torch.float64)
+    inputs, outputs = tokens.inputs(memory), []
+    for t in range(len(tokens.q)):
+        token = (x[t : t + 1] for x in inputs)
+        o, state = recurrent_step(*token, memory.scale(HEAD_SIZE), memory.delta, state)
+        state = in_bfloat16(state)
+        outputs.append(o)
+    return torch.cat(outputs), state
+
+
+def prefilled(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+    """`recur` with the state rounded after each `PREFILL` tokens of the sequence."""
+    steps = range(PREFILL - done % PREFILL, len(tokens.q), PREFILL)
+    outputs = []
+    for start, end in itertools.pairwise((0, *steps, len(tokens.q))):
+        o, state = recur(memory, tokens.part(start, end), state)
+        outputs.append(o)
+        if (done + end) % PREFILL == 0:
+            state = in_bfloat16(state)
+    assert state is not None
+    return torch.cat(outputs), state
+
+
+Variant = Callable[[MemorySpec, Tokens, torch.Tensor | None, int], Result]
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "gates": {"gates in bfloat16": rounded_gates, "K and V in bfloat16": rounded_keys},
+    "state": {"decoded": decoded, f"prefilled, {PREFILL:,} tokens a step": prefilled},
+}
+TEXTS = {
+    "gates": (
+        "What it costs that gates are kept in bfloat16",
+        "float32 gates",
+        " The last two columns are a yardstick: what keeping K and V in bfloat16 does, gates exact.",
+    ),
+    "state": ("What it costs to keep the state in bfloat16", "a state that is never rounded", ""),
+}
+"""Title, what the errors are against, and what else there is to say."""
+
+
+def verify(memory: MemorySpec) -> None:
+    """Compare the chunk-parallel recurrence with the token loop; exit with a sentence if they differ."""
+    tokens = next(stretches(memory, 300))
+    difference = recur(memory, tokens, None)[1] - recur(memory, tokens, None, recurrence=naive_recurrence)[1]
+    if difference.abs().max() > 1e-6:
+        sys.exit(f"the recurrences differ by {difference.abs().max():.1e}")
+
+
+def relative(x: torch.Tensor, exact: torch.Tensor, dims: tuple[int, ...]) -> list[float]:
+    """Return the norm of the error over that of the exact value, one for each head."""
+    return ((x - exact).square().sum(dims) / exact.square().sum(dims)).sqrt().tolist()
+
+
+def measure(memory: MemorySpec, what: str, tokens: int) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return, by variant and number of tokens, relative errors by head, of the state and of the last read-outs."""
+    variants = VARIANTS[what]
+    states: dict[str, torch.Tensor | None] = dict.fromkeys(("exact", *variants))
+    errors: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in variants}
+    done = 0
+    for stretch in stretches(memory, tokens):
+        ends = [mark - done for mark in MARKS if done < mark <= done + len(stretch.q)]
+        for start, end in itertools.pairwise(sorted({0, len(stretch.q), *ends})):
+            piece = stretch.part(start, end)
+            outputs: dict[str, torch.Tensor] = {}
+            for name, run in {"exact": recur, **variants}.items():
+                outputs[name], states[name] = run(memory, piece, states[name], done + start)
+            exact = states["exact"]
+            for name in errors if end in ends else ():
+                state = states[name]
+                assert state is not None and exact is not None
+                errors[name][str(done + end)] = {
+                    "state": relative((in_bfloat16(state) if what == "state" else state)[0], exact[0], (1, 2)),
+                    "read-outs": relative(outputs[name][-READ:], outputs["exact"][-READ:], (0, 2)),
+                }
+        done += len(stretch.q)
+    return errors
+
+
+def paragraphs(result: dict[str, Any], what: str) -> list[str]:
+    """Return the result for reading."""
+    machine, first = result["machine"], next(iter(VARIANTS[what]))
+    _, against, more = TEXTS[what]
+    rows, heads = [], []
+    for memory, errors in result["errors"].items():
+        for mark in errors[first]:
+            values = [torch.tensor(errors[name][mark][part]) for name in errors for part in ("state", "read-outs")]
+            rows.append([memory, f"{int(mark):,}", *(f"{x.median():.2%}, {x.max():.2%}" for x in values)])
+        for offset, gates in enumerate(("vary", "steady")):
+            last = errors[first][str(MARKS[-1])]["state"][offset::2]
+            heads.append([memory, gates, *(f"{value:.2%}" for value in last)])
+    half_lives = ", ".join(f"{n:,}" for n in HALF_LIVES)
+    rates = ", ".join(f"{1 / (1 + math.exp(-x)):.2f}" for x in RATE_LOGITS)
+    columns = [f"{part}, {name}" for name in VARIANTS[what] for part in ("state", "read-outs")]
+    return [
+        f"{machine['cpu']}, {machine['versions']}; {result['seconds']:.0f} s. Relative errors against {against}, the "
+        f"recurrence in float64: median over {HEADS} heads, and the largest. Half of the heads have gates that hardly "
+        f"vary. Read-outs are those of the last {READ} tokens.{more}",
+        report.table(["memory", "tokens", *columns], rows),
+        f"State errors after {MARKS[-1]:,} tokens by head, {first}:",
+        report.table(["memory", "gates", *(f"time scale {n + 1}" for n in range(4))], heads, left=2),
+        f"Time scales: half-lives of {half_lives} tokens (GatedDeltaNet, Mamba2); mean rates of {rates} (DeltaNet).",
+    ]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("what", choices=list(VARIANTS))
+    parser.add_argument("--output", type=report.Path, help="without .json and .md; default: results/...-precision")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the products are small: threads would mostly wait for each other
+    began = time.monotonic()
+    errors = {}
+    for name, memory in MEMORIES.items():
+        verify(memory)
+        errors[name] = measure(memory, args.what, MARKS[-1])
+        report.say(f"{name}: {time.monotonic() - began:.0f} s")
+    result = {
+        "command": report.command(),
+        "machine": report.machine(),
+        "seconds": time.monotonic() - began,
+        "half_lives": HALF_LIVES,
+        "rate_logits": RATE_LOGITS,
+        "errors": errors,
+    }
+    output = args.output or report.FOLDER / {"gates": "gate-precision", "state": "state-precision"}[args.what]
+    report.write(output, result, TEXTS[args.what][0], paragraphs(result, args.what))
+
+
+if __name__ == "__main__":
+    main()
