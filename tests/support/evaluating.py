@@ -7,6 +7,7 @@ import gc
 import json
 import pickle
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,22 @@ class InProcess:
         self.rows: list[Row] = []
         self.engines = 0
         self._arguments, self._llm = "", None
-        self._start = vllm.LLM
+        self.start: Callable[..., Any] = vllm.LLM
         monkeypatch.setattr(runner, "_run_worker", self._run)
         monkeypatch.setattr(vllm, "LLM", self._engine)
         monkeypatch.setattr(vllm_causallms, "LLM", self._engine)
 
     def close(self) -> None:
-        """Ends the engine."""
-        self._arguments, self._llm = "", None
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        """Ends the engine, if there is one."""
+        if self._llm is not None:
+            self._arguments, self._llm = "", None
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
     def _engine(self, **arguments: Any) -> Any:
         if self._arguments != (written := json.dumps(arguments, sort_keys=True)):
             self.close()
-            self._llm = self._start(**arguments)
+            self._llm = self.start(**arguments)
             self._arguments = written
             self.engines += 1
         return self._llm

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vllm_ahn.tools.evaluate import texts
 from vllm_ahn.tools.evaluate.answers import Answers, ask
 
@@ -101,6 +99,8 @@ def bucketed(stretches: Sequence[tuple[Sequence[float], Sequence[int]]], edges: 
         them; ``tokens``; ``nats``, their sum of -ln p; ``bytes``; ``perplexity``, exp of nats a token, None without
         tokens; ``bits_per_byte``, comparable between tokenizers, None without bytes.
     """
+    import numpy as np
+
     positions = np.concatenate([np.arange(1, len(logprobs) + 1) for logprobs, _ in stretches])
     sizes = np.concatenate([sizes[1 : len(logprobs) + 1] for logprobs, sizes in stretches])
     nats = -np.concatenate([logprobs for logprobs, _ in stretches])

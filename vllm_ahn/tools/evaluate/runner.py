@@ -55,6 +55,7 @@ def run_plan(rows: Sequence[Row], folder: Path) -> list[Outcome]:
     another process is at work in `folder`.
     """
     progress = Progress(sum(not row.not_run for row in rows))
+    folder = folder.resolve()  # workers run in another folder
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
