@@ -3,6 +3,8 @@ SHELL := /bin/bash
 # PyTorch's CPU build is not on every machine there for every Python: the pinned one is sure to be there for 3.11.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
+# Tests of one file stay in one process, so that what a file sets up is set up once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST_ARGS ?=
 EFFORT ?= 1
 
@@ -11,11 +13,13 @@ CONTRACT := 0.33.0
 CONTRACT_TESTS := tests/contract tests/cache tests/plugin/test_arguments.py tests/plugin/test_limits.py tests/engine/test_golden.py \
     tests/engine/test_no_memory.py
 
-.PHONY: help .venv demo test lint contract small-model
+.PHONY: help .venv demo check test lint contract commands small-model
 help:
 	@echo "make demo    serve a small model with an AHN and ask it something longer than its window"
-	@echo "make test    ruff, mypy and pytest"
+	@echo "make check   ruff, mypy and the tests that are not slow (5 minutes)"
+	@echo "make test    ruff, mypy and all tests (20 minutes)"
 	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
+	@echo "make commands  every command of vLLM's, with and without an AHN, into docs/commands.md (half an hour)"
 	@echo "make small-model  train that model and its memories anew, into build/small-model (1 3/4 hours; EFFORT=0.5: one)"
 	@echo "make .venv   the environment of both, from requirements/"
 
@@ -37,8 +41,15 @@ lint: $(BIN)/vllm-ahn
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+check: lint
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
 test: lint
-	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
+
+commands: $(BIN)/vllm-ahn
+	@mkdir -p docs
+	@PYTHONPATH=$(CURDIR)/tests $(BIN)/python tests/commands/matrix.py docs/commands.md
 
 .contract/vllm-%: requirements/vllm-sources.sh $(BIN)/vllm-ahn
 	@PYTHON=$(BIN)/python requirements/vllm-sources.sh $* $@

@@ -121,7 +121,7 @@ def report(held: list[int], cache: dict[str, str], base: Path, length: int) -> N
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_ahn.cache.page import WindowPageLayout
+    from vllm_ahn.kernels.pages import WindowPageLayout
     from vllm_ahn.memory.spec import MEMORIES
 
     config = json.loads((base / "config.json").read_text())

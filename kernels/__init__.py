@@ -1,18 +1,56 @@
-"""Kernels: the compressed memory's recurrence in torch, and Triton's for everything an AHN layer does on a GPU.
+"""Kernels of an AHN layer: the compressed memory's recurrence in torch, and Triton's for all that it does on a GPU.
 
-What is exported here is the recurrence, three ways: token loop, one token a sequence, chunk-parallel. The Triton
-kernels (`cache_write`, `compaction`, `decode_memory`, `prefill_gather`, `read_out`) are imported by name, where Triton
-is. All compute, for one sequence and one query head (``M`` is ``[Dk, Dv]``):
+They need PyTorch, Triton, einops and flash-linear-attention, not vLLM, and of this package only
+:mod:`vllm_ahn.memory.spec`. What is exported here needs PyTorch alone: the recurrence, three ways, and the pages. The
+Triton kernels are imported by module, where Triton is: `cache_write`, `decode`, `prefill`, `read_out`, `tables`.
+
+The recurrence, for one sequence and one query head (``M`` is ``[Dk, Dv]``)::
 
     M <- exp(g) M;   u = b (v - (M^T k if delta else 0));   M <- M + k u^T;   o = scale * M^T q
 
-`naive` is the oracle the others are compared with. Keys and values are shared by the ``H / Hkv`` query
-heads of a group, decays ``g``, rates ``b`` and states are per query head.
+`naive_recurrence` is the oracle that all else is compared with. Keys and values are shared by the ``H / Hkv`` query
+heads of a group; decays ``g``, rates ``b`` and states are per query head.
+
+What words mean here:
+
+request
+    Index of a request in the step's batch, and with it in the block tables.
+token
+    Index of a token in the step's batch, as in ``query[token]``.
+position
+    Where a token is in its sequence. ``t`` is that of a query.
+slot
+    Where a token is in the window pages: block id times block size plus offset in the block.
+gates
+    What a token keeps of a query head until it is absorbed, from which ``g`` and ``b`` are made.
+state
+    ``M`` of all query heads of a request. Pages hold it column by column, ``M[:, j]``.
+fresh
+    A state that is zero, whatever its pages hold: that of a request whose next query is at ``W + S``.
+absorb
+    Take a token into the state. A query at ``t >= W + S`` absorbs the token at ``t - W``, then it reads.
+read
+    What a query gets from the state, and that query's token: ``reads`` are tokens, -1 where nothing is read.
+stretch
+    The tokens that one request absorbs in one step.
+chunk
+    The tokens that a chunk-parallel recurrence treats at once. It begins anew with every stretch.
+span
+    Consecutive queries of one request that share a block table, in `tables`.
+memory
+    An entry of the table in :mod:`vllm_ahn.memory.spec`: kernels know flags, no names.
 """
 
-from .recurrence.chunk import chunk_recurrence
-from .recurrence.naive import naive_recurrence
-from .recurrence.norm import l2_normalize
-from .recurrence.step import recurrent_step
+from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.kernels.recurrence import chunk_recurrence, l2_normalize, naive_recurrence, recurrent_step
 
-__all__ = ["chunk_recurrence", "l2_normalize", "naive_recurrence", "recurrent_step"]
+__all__ = [
+    "StatePageLayout",
+    "StatePages",
+    "WindowPageLayout",
+    "WindowPages",
+    "chunk_recurrence",
+    "l2_normalize",
+    "naive_recurrence",
+    "recurrent_step",
+]

@@ -4,68 +4,81 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache_write import check_window_pages
-from .gates import check_memory, decay_and_rate
+from vllm_ahn.kernels.gates import check_gates, decay_and_rate
+from vllm_ahn.kernels.page_addresses import (
+    columns_in_pages,
+    state_page_arguments,
+    token_in_pages,
+    window_page_arguments,
+)
+from vllm_ahn.kernels.pages import StatePages, WindowPages
+from vllm_ahn.kernels.recurrence.norm import L2_EPS
+from vllm_ahn.memory.spec import MemorySpec
 
 TILE_ELEMENTS = 4096
 """Elements of a state that one program updates: few enough for registers, enough to keep memory busy."""
 
 
-@triton.jit
-def _rows_kernel(query_start_loc, seq_lens, rows, num_requests, capacity, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["num_requests"])
+def _decode_reads_kernel(query_start_loc, seq_lens, reads, num_requests, capacity, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = request < num_requests
     start = tl.load(query_start_loc + request, mask=mask, other=0)
     end = tl.load(query_start_loc + request + 1, mask=mask, other=0)
     seq_len = tl.load(seq_lens + request, mask=mask, other=0)
-    reads = (end - start == 1) & (seq_len > capacity)
-    tl.store(rows + request, tl.where(reads, start, -1).to(tl.int32), mask=mask)
+    decodes = (end - start == 1) & (seq_len > capacity)
+    tl.store(reads + request, tl.where(decodes, start, -1).to(tl.int32), mask=mask)
 
 
-def decode_rows(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, capacity: int, rows: torch.Tensor) -> None:
-    """Find the requests whose state this step updates by one token: once a step, for all layers.
+def decode_reads(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, capacity: int, reads: torch.Tensor) -> None:
+    """Find the tokens that read after one token is absorbed: once a step, for all layers.
 
     Args:
-        query_start_loc: ``[num_requests + 1]`` int32, first row of each request in the batch.
+        query_start_loc: ``[num_requests + 1]`` int32, first token of each request in the batch.
         seq_lens: ``[num_requests]`` int32, tokens including the new ones; 0 for padding.
         capacity: ``W + S``.
-        rows: ``[num_requests]`` int32, is written: the batch's row of a request with one new token past ``W + S``, or
-            -1 for all others. May be a buffer that a CUDA graph reads.
+        reads: ``[num_requests]`` int32, is written: the token of a request with one new token past ``W + S``, or -1 for
+            all others. May be a buffer that a CUDA graph reads.
     """
-    if len(rows):
-        _rows_kernel[(triton.cdiv(len(rows), 256),)](query_start_loc, seq_lens, rows, len(rows), capacity, BLOCK=256)
+    if len(reads):
+        grid = (triton.cdiv(len(reads), 256),)
+        _decode_reads_kernel[grid](query_start_loc, seq_lens, reads, len(reads), capacity, BLOCK=256)
 
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q,
-    key_pages,
-    value_pages,
-    gate_pages,
-    columns,
+    query,
     window_table,
-    state_table,
-    rows,
+    reads,
     seq_lens,
     A_log,
     o,
-    q_token_stride,
-    q_head_stride,
-    page_stride,
-    plane_stride,
-    state_page_stride,
+    query_token_stride,
+    query_head_stride,
     window_table_stride,
-    state_table_stride,
     window,
     capacity,
     scale,
+    key_pages,
+    value_pages,
+    gate_pages,
+    PAGE_STRIDE: tl.constexpr,
+    KV_HEAD_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    GATES: tl.constexpr,
+    columns,
+    state_table,
+    state_table_stride,
+    STATE_PAGE_STRIDE: tl.constexpr,
+    COLUMNS_PER_PAGE: tl.constexpr,
+    COLUMN_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    GATES: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    COLUMNS_PER_PAGE: tl.constexpr,
-    MEMORY: tl.constexpr,
+    DELTA: tl.constexpr,
+    KEEPS_DECAY: tl.constexpr,
+    DECAY_FROM_RATE: tl.constexpr,
+    L2_EPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -80,58 +93,74 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_d = d < HEAD_SIZE
     in_j = j < HEAD_SIZE
-    # A tile's columns may lie in two pages or more: every column finds its own.
-    column = head * HEAD_SIZE + j
     # Three look-ups that do not wait for each other, before it is known whether there is anything to do.
-    row = tl.load(rows + request)
+    token = tl.load(reads + request)
     t = tl.load(seq_lens + request) - 1
-    page = tl.load(state_table + request * state_table_stride + column // COLUMNS_PER_PAGE, mask=in_j, other=0)
-    if row < 0:
+    tile = columns_in_pages(
+        columns,
+        state_table,
+        request,
+        head * HEAD_SIZE + j,
+        in_j,
+        state_table_stride,
+        STATE_PAGE_STRIDE,
+        COLUMNS_PER_PAGE,
+        COLUMN_SIZE,
+    )
+    if token < 0:
         return
 
-    tile = page.to(tl.int64) * state_page_stride + column % COLUMNS_PER_PAGE * HEAD_SIZE
-    tile = columns + tile[:, None] + d[None, :]
+    tile = tile[:, None] + d[None, :]
     in_tile = in_j[:, None] & in_d[None, :]
-    # At t = W + S the state is zero, whatever its pages held before.
+    # At t = W + S the state is fresh: zero, whatever its pages held before.
     known = j < tl.where(t > capacity, HEAD_SIZE, 0)
     state = tl.load(tile, mask=known[:, None] & in_d[None, :], other=0.0).to(tl.float32)
 
-    evicted = t - window
-    block = tl.load(window_table + request * window_table_stride + evicted // BLOCK_SIZE).to(tl.int64)
-    offset = evicted % BLOCK_SIZE
-    plane = block * page_stride + (head // GROUP).to(tl.int64) * plane_stride
-    k = tl.load(key_pages + plane + offset * HEAD_SIZE + d, mask=in_d, other=0.0).to(tl.float32)
-    v = tl.load(value_pages + plane + offset * HEAD_SIZE + j, mask=in_j, other=0.0).to(tl.float32)
-    gates = gate_pages + plane + offset * GATES + head % GROUP * (GATES // GROUP)
-    g, b = decay_and_rate(gates, A_log, head, MEMORY)
-    x = tl.load(q + row.to(tl.int64) * q_token_stride + head * q_head_stride + d, mask=in_d, other=0.0).to(tl.float32)
+    absorbed = t - window
+    block = tl.load(window_table + request * window_table_stride + absorbed // BLOCK_SIZE)
+    key, value, gates = token_in_pages(
+        key_pages,
+        value_pages,
+        gate_pages,
+        block,
+        absorbed % BLOCK_SIZE,
+        head // GROUP,
+        PAGE_STRIDE,
+        KV_HEAD_STRIDE,
+        HEAD_SIZE,
+        GATES,
+    )
+    k = tl.load(key + d, mask=in_d, other=0.0).to(tl.float32)
+    v = tl.load(value + j, mask=in_j, other=0.0).to(tl.float32)
+    gates += head % GROUP * (GATES // GROUP)
+    g, b = decay_and_rate(gates, A_log, head, KEEPS_DECAY, DECAY_FROM_RATE)
+    place = query + token.to(tl.int64) * query_token_stride + head * query_head_stride
+    q = tl.load(place + d, mask=in_d, other=0.0).to(tl.float32)
 
-    k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
-    x *= tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+    k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
+    q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS)
     decay = tl.exp(g)
     u = v
-    if MEMORY != "Mamba2":
+    if DELTA:
         u -= decay * tl.sum(state * k[None, :], 1)
     u *= b
-    read = decay * tl.sum(state * x[None, :], 1) + tl.sum(k * x, 0) * u
+    read = decay * tl.sum(state * q[None, :], 1) + tl.sum(k * q, 0) * u
     state = decay * state + u[:, None] * k[None, :]
     tl.store(tile, state.to(columns.dtype.element_ty), mask=in_tile)
     tl.store(o + (request * HEADS + head) * HEAD_SIZE + j, scale * read, mask=in_j)
 
 
 def decode_memory(
-    q: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    gate_pages: torch.Tensor,
+    query: torch.Tensor,
+    window_pages: WindowPages,
     window_table: torch.Tensor,
-    columns: torch.Tensor,
+    state_pages: StatePages,
     state_table: torch.Tensor,
-    rows: torch.Tensor,
+    reads: torch.Tensor,
     seq_lens: torch.Tensor,
     o: torch.Tensor,
     *,
-    memory: str,
+    memory: MemorySpec,
     window: int,
     sinks: int,
     scale: float,
@@ -141,75 +170,61 @@ def decode_memory(
 ) -> None:
     """Absorb token ``t - W`` of each request in its state, then read the state with the query of token ``t``.
 
-    The launch depends on shapes alone, so it can be captured in a CUDA graph; requests without a row cost nothing
-    but a look at ``rows``.
+    The launch depends on shapes alone, so it can be captured in a CUDA graph; requests that read nothing cost a look
+    at ``reads``.
 
     Args:
-        q: ``[num_tokens, H, D]``, contiguous in ``D``, any float dtype; normalised here, as keys are.
-        key_pages, value_pages, gate_pages: the planes of the window pages, see :func:`.write_window_pages`.
+        query: ``[num_tokens, H, D]``, contiguous in ``D``, any float dtype; normalised here, as keys are.
+        window_pages: the layer's window pages.
         window_table: ``[>= num_requests, num_blocks]`` int32, the window group's block table. Only the block of the
-            evicted token is looked up.
-        columns: ``[num_blocks, columns_per_page, D]`` float32 or bfloat16, the state pages; pages contiguous. Updated.
+            absorbed token is looked up.
+        state_pages: the layer's state pages, float32 or bfloat16; updated.
         state_table: ``[>= num_requests, >= num_pages]`` int32, the state group's block table.
-        rows: ``[num_requests]`` int32, from :func:`decode_rows`.
+        reads: ``[num_requests]`` int32, from :func:`decode_reads`.
         seq_lens: ``[num_requests]`` int32, ``t + 1``.
-        o: ``[num_requests, H, D]`` float32, contiguous, is written where a request has a row.
-        memory: ``GatedDeltaNet``, ``DeltaNet`` or ``Mamba2``.
+        o: ``[num_requests, H, D]`` float32, contiguous, is written where a request has a read.
+        memory: which memory.
         window: ``W``.
         sinks: ``S``.
         scale: factor on what is read.
-        A_log: ``[H]`` float32, for Mamba2.
+        A_log: ``[H]`` float32, where the decay is made of the rate.
         block_v: columns of a state per program, a power of two; None for a choice by head size.
         num_warps: warps a program; None likewise.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not agree.
     """
-    check_window_pages(key_pages, value_pages, gate_pages)
-    kv_heads, block_size, head_size = key_pages.shape[1:]
-    heads = q.shape[1]
-    group = heads // kv_heads
-    if q.shape[1:] != (group * kv_heads, head_size) or q.stride(2) != 1:
-        raise ValueError(f"q must be [T, a multiple of {kv_heads}, {head_size}] and contiguous, got {q.shape}")
-    check_memory(memory, A_log, gate_pages.shape[3], group)
-    if columns.shape[2] != head_size or columns.stride()[1:] != (head_size, 1):
-        raise ValueError(
-            f"columns must be [num_blocks, columns, {head_size}] contiguous in a page, got {columns.shape}"
-        )
-    if o.shape != (len(rows), heads, head_size) or not o.is_contiguous() or o.dtype != torch.float32:
-        raise ValueError(f"o must be float32 {(len(rows), heads, head_size)}, contiguous, got {o.dtype} {o.shape}")
-    if state_table.shape[1] * columns.shape[1] < heads * head_size:
-        raise ValueError(f"{state_table.shape[1]} pages of {columns.shape[1]} columns are no state of {heads} heads")
-    if len(rows) == 0:
+    group = window_pages.group_of(query)
+    heads, head_size = query.shape[1:]
+    check_gates(memory, window_pages.layout.gates_per_kv_head, group, A_log)
+    state_pages.check(state_table, heads, head_size)
+    if o.shape != (len(reads), heads, head_size) or not o.is_contiguous() or o.dtype != torch.float32:
+        raise ValueError(f"o must be float32 {(len(reads), heads, head_size)}, contiguous, got {o.dtype} {o.shape}")
+    if len(reads) == 0:
         return
     block_d = triton.next_power_of_2(head_size)
     block_v = block_v or min(TILE_ELEMENTS // block_d, block_d)
-    _decode_kernel[(triton.cdiv(head_size, block_v), heads, len(rows))](
-        q,
-        key_pages,
-        value_pages,
-        gate_pages,
-        columns,
+    _decode_kernel[(triton.cdiv(head_size, block_v), heads, len(reads))](
+        query,
         window_table,
-        state_table,
-        rows,
+        reads,
         seq_lens,
         A_log,
         o,
-        q.stride(0),
-        q.stride(1),
-        key_pages.stride(0),
-        key_pages.stride(1),
-        columns.stride(0),
+        query.stride(0),
+        query.stride(1),
         window_table.stride(0),
-        state_table.stride(0),
         window,
         window + sinks,
         scale,
+        **window_page_arguments(window_pages),
+        **state_page_arguments(state_pages, state_table),
         HEADS=heads,
         GROUP=group,
-        GATES=gate_pages.shape[3],
-        HEAD_SIZE=head_size,
-        BLOCK_SIZE=block_size,
-        COLUMNS_PER_PAGE=columns.shape[1],
-        MEMORY=memory,
+        DELTA=memory.delta,
+        KEEPS_DECAY=memory.keeps_decay,
+        DECAY_FROM_RATE=memory.decay_from_rate,
+        L2_EPS=L2_EPS,
         BLOCK_D=block_d,
         BLOCK_V=block_v,
         num_warps=num_warps or 4,

@@ -1,38 +1,44 @@
-"""What the memories differ in, as kernels see it."""
+"""Decay and rate from the gates that tokens keep, for Triton kernels.
+
+:meth:`vllm_ahn.memory.base.Memory.decay_and_rate` does the same in torch.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-NUM_GATES = {"GatedDeltaNet": 2, "DeltaNet": 1, "Mamba2": 1}
-"""Gates that a token keeps per query head, by memory."""
+from vllm_ahn.memory.spec import MemorySpec
 
 
 @triton.jit
-def decay_and_rate(gates, A_log, head, MEMORY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``g`` and ``b`` of the recurrence, float32, from a token's kept gates.
+def decay_and_rate(gates, A_log, head, KEEPS_DECAY: tl.constexpr, DECAY_FROM_RATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return ``g`` and ``b`` of the recurrence, float32, from the gates that a token keeps of a query head.
 
-    ``gates`` points to the gates of this token and query head: ``g, b`` of a GatedDeltaNet, ``b`` of a DeltaNet, the
-    step size ``d`` of a Mamba2, whose ``g = -exp(A_log) d`` and ``b = d``. ``head`` may be a block, ``gates`` then a
-    block of pointers.
+    ``gates`` points to them: ``g, b`` where the memory keeps the decay, else ``b`` alone, and ``g = -exp(A_log) b`` or
+    0. ``head`` may be a block of numbers, ``gates`` then is a block of pointers.
     """
-    if MEMORY == "GatedDeltaNet":
+    if KEEPS_DECAY:
         g = tl.load(gates).to(tl.float32)
         b = tl.load(gates + 1).to(tl.float32)
-    elif MEMORY == "DeltaNet":
-        b = tl.load(gates).to(tl.float32)
-        g = tl.zeros_like(b)
     else:
         b = tl.load(gates).to(tl.float32)
-        g = -tl.exp(tl.load(A_log + head)) * b
+        if DECAY_FROM_RATE:
+            g = -tl.exp(tl.load(A_log + head)) * b
+        else:
+            g = tl.zeros_like(b)
     return g, b
 
 
-def check_memory(memory: str, A_log: torch.Tensor | None, gates_per_kv_head: int, group: int) -> None:
-    """Raise ``ValueError`` unless a memory of this name keeps so many gates and comes with what it needs."""
-    if memory not in NUM_GATES:
-        raise ValueError(f"memory must be one of {', '.join(NUM_GATES)}, got {memory!r}")
-    if gates_per_kv_head != NUM_GATES[memory] * group:
-        raise ValueError(f"{memory} keeps {NUM_GATES[memory]} gates a head, pages have {gates_per_kv_head} for {group}")
-    if memory == "Mamba2" and (A_log is None or A_log.dtype != torch.float32):
-        raise ValueError("Mamba2 needs A_log in float32")
+def check_gates(memory: MemorySpec, gates_per_kv_head: int, group: int, A_log: torch.Tensor | None) -> None:
+    """Raise ``ValueError`` unless pages keep the gates of this memory, and ``A_log`` is there if it needs one.
+
+    Args:
+        memory: whose gates.
+        gates_per_kv_head: what a token keeps in its page per KV head.
+        group: query heads that share a KV head.
+        A_log: ``[H]`` float32, or None.
+    """
+    if gates_per_kv_head != memory.num_gates * group:
+        raise ValueError(f"{memory.num_gates * group} gates a KV head expected, pages have {gates_per_kv_head}")
+    if memory.decay_from_rate and (A_log is None or A_log.dtype != torch.float32):
+        raise ValueError("a decay that is made of the rate needs A_log in float32")

@@ -6,8 +6,10 @@ states go from pages to contiguous tensors and back.
 
 import torch
 
-from .prefill_gather import gather_states, gather_stretches, scatter_states
-from .prefill_plan import CHUNK_SIZE, PrefillPlan
+from vllm_ahn.kernels.pages import StatePages, WindowPages
+from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
+from vllm_ahn.kernels.prefill_plan import CHUNK_SIZE, PrefillPlan
+from vllm_ahn.memory.spec import MemorySpec
 
 
 def chunk_stretches(
@@ -19,25 +21,25 @@ def chunk_stretches(
     states: torch.Tensor,
     plan: PrefillPlan,
     *,
-    memory: str,
+    memory: MemorySpec,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """flash-linear-attention's chunk kernels over packed stretches.
+    """Run flash-linear-attention's chunk kernels over packed stretches.
 
     Args:
         q, k, v, g, b: from :func:`gather_stretches`.
         states: ``[R, H, D_v, D_k]`` float32, before the first token.
         plan: of this step.
-        memory: ``GatedDeltaNet``, ``DeltaNet`` or ``Mamba2``.
+        memory: which memory.
         scale: factor on what is read.
 
     Returns:
         ``o [N, H, D]`` in the dtype of ``q``, and the states after the last token, like ``states``.
     """
-    if memory != "Mamba2":
+    if memory.delta:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        # Also for DeltaNet, with g = 0: the library's kernel without decay refuses float32.
+        # Also without a decay, with g = 0: the library's kernel without decay refuses float32.
         o, states = chunk_gated_delta_rule(
             *(x.unsqueeze(0) for x in (q, k, v, g, b)),
             scale=scale,
@@ -71,35 +73,36 @@ def chunk_stretches(
 
 def prefill_memory(
     query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    gate_pages: torch.Tensor,
-    columns: torch.Tensor,
+    window_pages: WindowPages,
+    state_pages: StatePages,
     state_table: torch.Tensor,
     plan: PrefillPlan,
     *,
-    memory: str,
+    memory: MemorySpec,
     scale: float,
     A_log: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Absorb the plan's tokens, one before each read, and read; states in pages are updated.
+    """Absorb the plan's tokens, one before each read, and read.
 
     Args:
         query: ``[num_tokens, H, D]``, contiguous in ``D``, the batch's memory queries.
-        key_pages, value_pages, gate_pages: the planes of the window pages, see :func:`.write_window_pages`. What the
-            plan's tokens need must have been written.
-        columns: ``[num_blocks, columns_per_page, D]`` float32 or bfloat16, the state pages.
+        window_pages: the layer's window pages. What the plan's tokens need must have been written.
+        state_pages: the layer's state pages, float32 or bfloat16; updated.
         state_table: ``[num_requests, >= num_pages]`` int32, the state group's block table.
         plan: of this step.
-        memory: ``GatedDeltaNet``, ``DeltaNet`` or ``Mamba2``.
+        memory: which memory.
         scale: factor on what is read.
-        A_log: ``[H]`` float32, for Mamba2.
+        A_log: ``[H]`` float32, where the decay is made of the rate.
 
     Returns:
-        ``o [N, H, D]`` in the dtype of ``query``, contiguous, before norm and gate; ``plan.rows`` says whose.
+        ``o [N, H, D]`` in the dtype of ``query``, contiguous, before norm and gate; ``plan.reads`` says whose.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not agree.
     """
-    q, k, v, g, b = gather_stretches(query, key_pages, value_pages, gate_pages, plan, memory=memory, A_log=A_log)
-    states = gather_states(columns, state_table, query.shape[1], plan)
+    state_pages.check(state_table, *query.shape[1:])
+    q, k, v, g, b = gather_stretches(query, window_pages, plan, memory=memory, A_log=A_log)
+    states = gather_states(state_pages, state_table, plan)
     o, states = chunk_stretches(q, k, v, g, b, states, plan, memory=memory, scale=scale)
-    scatter_states(states, columns, state_table, plan)
+    scatter_states(states, state_pages, state_table, plan)
     return o

@@ -12,16 +12,16 @@ CHUNK_SIZE = 64
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens that one request absorbs in this step: as many as new tokens of its that read the memory."""
+    """The tokens that one request absorbs in this step, one before each of its new tokens that read the memory."""
 
     request: int
-    """Its row in the block tables."""
-    first_row: int
-    """Row in the batch of its first new token at ``W + S`` or past it; the others follow."""
+    """Its index in the block tables."""
+    first_token: int
+    """Index in the batch of its first new token at ``W + S`` or past it; the others follow."""
     first_position: int
-    """Position of that token. At ``W + S`` the state is zero, whatever its pages hold."""
+    """Position of that token. At ``W + S`` the state is fresh."""
     length: int
-    """Tokens, at least 1."""
+    """Tokens that are absorbed, and tokens that read, at least 1."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class PrefillPlan:
 
     lengths: tuple[int, ...]
     """Tokens of each of the ``R`` stretches, ``N`` in all."""
-    rows: torch.Tensor
-    """``[N]`` int32, the batch's row that reads after each absorbed token."""
+    reads: torch.Tensor
+    """``[N]`` int32, the batch's token that reads after each absorbed one."""
     positions: torch.Tensor
     """``[N]`` int64, positions of the reading tokens."""
     slots: torch.Tensor
     """``[N]`` int64, slots of the absorbed tokens in the window pages."""
     requests: torch.Tensor
-    """``[R]`` int32, rows in the state group's block table."""
+    """``[R]`` int32, indices in the state group's block table."""
     fresh: torch.Tensor
-    """``[R]`` int32, 1 where the state is zero."""
+    """``[R]`` int32, 1 where the state is zero, whatever its pages hold."""
     cu_seqlens: torch.Tensor
     """``[R + 1]`` int32, where stretches begin and end. Caches are keyed by it: new in every step."""
     chunk_indices: torch.Tensor
@@ -67,7 +67,7 @@ def plan_prefill(
     requests = torch.tensor([s.request for s in stretches])
     first_positions = torch.tensor([s.first_position for s in stretches])
     parts = (
-        torch.tensor([s.first_row for s in stretches]).repeat_interleave(lengths) + within,
+        torch.tensor([s.first_token for s in stretches]).repeat_interleave(lengths) + within,
         first_positions.repeat_interleave(lengths) + within,
         requests.repeat_interleave(lengths),
         requests,
@@ -81,16 +81,16 @@ def plan_prefill(
     if device.type == "cuda":
         packed = packed.pin_memory()
     pieces = packed.to(device, non_blocking=True).split([len(part) + -len(part) % 4 for part in parts])
-    rows, positions, token_requests, requests, fresh, cu_seqlens, chunk_indices = (
+    reads, positions, token_requests, requests, fresh, cu_seqlens, chunk_indices = (
         piece[: len(part)] for piece, part in zip(pieces, parts, strict=True)
     )
-    evicted = positions.long() - window
-    block_ids = window_table[token_requests, evicted // block_size].long()
+    absorbed = positions.long() - window
+    block_ids = window_table[token_requests, absorbed // block_size].long()
     return PrefillPlan(
         lengths=tuple(s.length for s in stretches),
-        rows=rows,
+        reads=reads,
         positions=positions.long(),
-        slots=block_ids * block_size + evicted % block_size,
+        slots=block_ids * block_size + absorbed % block_size,
         requests=requests,
         fresh=fresh,
         cu_seqlens=cu_seqlens,

@@ -1,14 +1,17 @@
-"""What an AHN is served with: the checkpoint's options and the two lengths that the user may set."""
+"""What an AHN is served with: the checkpoint's options, the lengths that the user may set, and the state's dtype."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import MEMORIES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 DEFAULT_WINDOW = 32640
 """W, tokens: the window of the paper's evaluation, 32,768 lossless tokens less the sinks."""
@@ -28,8 +31,7 @@ STATE_DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class AHNConfig:
-    """One AHN as it is served. Every field is checked on construction; raises `AHNError` for what cannot
-    be."""
+    """One AHN as it is served. Every field is checked on construction, which raises `AHNError` for what cannot be."""
 
     memory: str | None
     """Which recurrence compresses what leaves the window: one of `MEMORIES` (``_ahn_implementation``); None if what
@@ -77,9 +79,8 @@ class AHNConfig:
         for name in ("use_q_proj", "use_router"):
             if not isinstance(getattr(self, name), bool):
                 raise AHNError(f"ahn: {name} is {getattr(self, name)!r}, expected true or false")
-        if self.use_q_proj and not (self.memory and MEMORIES[self.memory].own_query):
-            known = ", ".join(spec.name for spec in MEMORIES.values() if spec.own_query)
-            raise AHNError(f"ahn: use_q_proj is for {known} only, but memory is {self.memory}")
+        if self.use_q_proj:
+            check_q_proj(self.memory, "ahn")
         if self.state_dtype not in STATE_DTYPES:
             raise AHNError(f"ahn: state_dtype is {self.state_dtype!r}, expected one of {', '.join(STATE_DTYPES)}")
         layers = self.full_attention_layers
@@ -94,21 +95,35 @@ class AHNConfig:
         return self.window + self.sinks
 
     def describe(self, base: str) -> str:
-        """The configuration in a line, for messages; `base` is where a merged memory comes from."""
+        """Return the configuration in a line, for messages; `base` is where a merged memory comes from."""
         memory = f"{self.memory} from {self.checkpoint or base}" if self.memory else "no memory"
         state = "" if self.state_dtype == STATE_DTYPES[0] else f", state in {self.state_dtype}"
         return f"{memory}, window {self.window}, sinks {self.sinks}{state}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values under the field names; `from_dict` gives the same config back."""
+        """Return plain JSON values under the field names; `from_dict` gives the same config back."""
         values = dataclasses.asdict(self)
         values["full_attention_layers"] = list(self.full_attention_layers)
         return values
 
     @classmethod
+    def from_vllm_config(cls, config: VllmConfig) -> AHNConfig:
+        """Read what the front end has put into vLLM's configuration, which carries it to every process.
+
+        Raises:
+            AHNError: there is no resolved AHN in it.
+        """
+        value = ahn_value(config.additional_config)
+        if not is_resolved(value):
+            raise AHNError(
+                f"the architecture {config.model_config.architecture} is chosen by vllm-ahn itself: give the "
+                "base model's own architecture, and the AHN by --ahn or additional_config"
+            )
+        return cls.from_dict(value)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AHNConfig:
-        """The config that `to_dict` wrote. Raises `AHNError` for an unknown key, a missing one or a wrong
-        type."""
+        """Read what `to_dict` wrote. Raises `AHNError` for an unknown key, a missing one or a wrong type."""
         if not isinstance(values, Mapping):
             raise AHNError(f"ahn: a resolved configuration is expected to be a dict, but is {values!r}")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -123,19 +138,35 @@ class AHNConfig:
         return cls(**arguments)
 
 
+def ahn_value(additional_config: Any) -> Any:
+    """Return what ``additional_config`` says about AHN: None, a checkpoint, or a dict (resolved or the user's)."""
+    return additional_config.get("ahn") if isinstance(additional_config, Mapping) else None
+
+
+def is_resolved(value: object) -> bool:
+    """Return whether a value of ``additional_config["ahn"]`` is an `AHNConfig.to_dict` and not a user's request."""
+    return isinstance(value, Mapping) and {"memory", "window", "sinks"} <= value.keys()
+
+
+def check_q_proj(memory: object, label: str) -> None:
+    """Raise `AHNError` unless `memory` may have a query projection of its own; `label` is where ``use_q_proj`` is."""
+    known = [spec.name for spec in MEMORIES.values() if spec.own_query]
+    if memory not in known:
+        raise AHNError(f"{label}: use_q_proj is true, expected false for {memory}: only {', '.join(known)} has it")
+
+
 def check_window(value: object) -> int:
-    """`value` if it can be W (tokens, an int of at least 1), else raises `AHNError`."""
+    """Return `value` if it can be W (tokens, an int of at least 1), else raise `AHNError`."""
     return _check_length("window", value, 1)
 
 
 def check_sinks(value: object) -> int:
-    """`value` if it can be S (tokens, an int of at least 0), else raises `AHNError`."""
+    """Return `value` if it can be S (tokens, an int of at least 0), else raise `AHNError`."""
     return _check_length("sinks", value, 0)
 
 
 def parse_length(value: object) -> object:
-    """The int that a string of decimal digits spells, anything else as it is, for `check_window` and
-    `check_sinks`.
+    """Return the int that a string of decimal digits spells, and anything else as it is, for `AHNConfig` to check.
 
     Command lines and environment variables have only strings, so a number in quotes means the number.
     """

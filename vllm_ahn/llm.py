@@ -1,4 +1,4 @@
-"""`vllm.LLM` with the AHN arguments spelt out, and with the certainty that the plugin is there."""
+"""`vllm.LLM` with the AHN arguments spelt out, and a check that the plugin is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import vllm
 
 from vllm_ahn import plugin
-from vllm_ahn.plugin import setting
+from vllm_ahn.plugin import arguments
 
 
 class LLM(vllm.LLM):
@@ -38,7 +38,7 @@ class LLM(vllm.LLM):
             kwargs: any other argument of `vllm.LLM`.
         """
         plugin.require()
-        extra = setting.with_flags(additional_config or {}, checkpoint=ahn, window=ahn_window, sinks=ahn_sinks)
-        # An empty wish is one that only a merged model can grant: never the plain model in its place.
+        extra = arguments.with_flags(additional_config or {}, checkpoint=ahn, window=ahn_window, sinks=ahn_sinks)
+        # An empty request is valid only for a merged model; never fall back to the plain model.
         extra = {**extra, "ahn": extra.get("ahn") or {}}
         super().__init__(model, additional_config=extra, **kwargs)

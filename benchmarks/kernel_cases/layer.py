@@ -14,9 +14,9 @@ import torch
 
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.decode import decode_memory, decode_rows
+from vllm_ahn.kernels.decode import decode_memory, decode_reads
+from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 from vllm_ahn.kernels.prefill import chunk_stretches, prefill_memory
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
@@ -53,8 +53,8 @@ class Pool:
 
     Attributes:
         cache: ``[num_blocks, Hkv, block_size, content]``, all pages.
-        planes: their keys, values and gates.
-        state: the same pages as states, with a memory.
+        window: their keys, values and gates.
+        state: the same pages as states.
         window_table, state_table: ``[requests, width]`` int32, as wide as the longest sequence.
     """
 
@@ -71,23 +71,21 @@ class Pool:
     ) -> None:
         self.block_size, self.heads, device = setting.block_size, model.heads, setting.device
         gates = memory.num_gates * model.group if memory else 0
-        self.layout = WindowPageLayout(model.kv_heads, model.head_size, gates, self.block_size, setting.dtype)
-        states = StatePageLayout(model.heads, model.head_size, self.layout.page_bytes, setting.state_dtype)
+        layout = WindowPageLayout(model.kv_heads, model.head_size, gates, self.block_size, setting.dtype)
+        states = StatePageLayout(model.heads, model.head_size, layout.page_bytes, setting.state_dtype)
         self.state_pages = states.num_pages if memory else 0
         held = len(blocks) + self.state_pages
         total = 1 + requests * held
-        page = (model.kv_heads, self.block_size, self.layout.content_elements)
+        page = (model.kv_heads, self.block_size, layout.content_elements)
         apart = VAST // (total * math.prod(page)) + 1 if vast else 1
         self.cache = torch.empty((total, apart, *page), dtype=setting.dtype, device=device)[:, -1]
-        window = WindowPages(self.cache, self.layout)
-        self.planes = (window.keys, window.values, window.gates)
-        self.state = StatePages(self.cache, states) if memory else None
+        self.window, self.state = WindowPages(self.cache, layout), StatePages(self.cache, states)
         if random:
             self.cache.normal_()  # states too: two random halves make a random number in float32
             if memory:
-                window.gates.uniform_()
+                self.window.gates.uniform_()
                 if memory.keeps_decay:
-                    window.gates[..., ::2].neg_()
+                    self.window.gates[..., ::2].neg_()
         else:
             self.cache.fill_(math.nan)
         self.cache[0] = math.nan
@@ -99,10 +97,9 @@ class Pool:
         self.state_table[:, : self.state_pages] = ids[:, len(blocks) :]
 
     @property
-    def columns(self) -> torch.Tensor:
-        """The columns of states, ``[num_blocks, columns_per_page, D]``."""
-        assert self.state is not None
-        return self.state.columns
+    def planes(self) -> tuple[torch.Tensor, ...]:
+        """Keys, values and gates, ``[num_blocks, Hkv, block_size, ...]``."""
+        return self.window.keys, self.window.values, self.window.gates
 
     def places(self, requests: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return blocks and offsets of tokens, int64, of requests and positions ``[n]`` int64."""
@@ -122,12 +119,10 @@ class Pool:
 
     def states(self, requests: torch.Tensor) -> torch.Tensor:
         """Return states ``[n, H, D_k, D_v]``, float32."""
-        assert self.state is not None
         return self.state.gather(self.state_table[requests, : self.state_pages].long())
 
     def put_states(self, requests: torch.Tensor, states: torch.Tensor) -> None:
         """Write states ``[n, H, D_k, D_v]``."""
-        assert self.state is not None
         self.state.scatter(self.state_table[requests, : self.state_pages].long(), states)
 
     def other_pages(self, requests: torch.Tensor) -> torch.Tensor:
@@ -264,25 +259,25 @@ class Step:
 
     def plan_decode(self) -> None:
         """Find what reads."""
-        decode_rows(self.starts, self.lens, self.layer.setting.capacity, self.rows)
+        decode_reads(self.starts, self.lens, self.layer.setting.capacity, self.rows)
 
     def write(self) -> None:
         """Write the new tokens to their pages."""
-        write_window_pages(self.key, self.value, self.gates, self.slots, *self.layer.pool.planes)
+        write_window_pages(self.key, self.value, self.gates, self.slots, self.layer.pool.window)
 
     def decode(self) -> torch.Tensor:
         """Absorb and read one token of each request; return `o`."""
         layer, setting = self.layer, self.layer.setting
         decode_memory(
             self.query,
-            *layer.pool.planes,
+            layer.pool.window,
             self.window_table,
-            layer.pool.columns,
+            layer.pool.state,
             self.state_table,
             self.rows,
             self.lens,
             self.o,
-            memory=self.memory.name,
+            memory=self.memory,
             window=setting.window,
             sinks=setting.sinks,
             scale=self.scale,
@@ -293,9 +288,8 @@ class Step:
     def prefill(self) -> torch.Tensor:
         """Absorb and read all tokens past ``W + S``; return what is read, ``[N, H, D]``."""
         layer, pool = self.layer, self.layer.pool
-        keywords = {"memory": self.memory.name, "scale": self.scale, "A_log": layer.A_log}
-        pages = (*pool.planes, pool.columns, self.state_table)
-        return prefill_memory(self.query, *pages, self.prefill_plan, **keywords)
+        keywords = {"memory": self.memory, "scale": self.scale, "A_log": layer.A_log}
+        return prefill_memory(self.query, pool.window, pool.state, self.state_table, self.prefill_plan, **keywords)
 
     def read_out(self, o: torch.Tensor, rows: torch.Tensor, router: torch.Tensor | None = None) -> None:
         """Add what was read to the output, by the weights of one of the layer's copies."""
@@ -311,20 +305,20 @@ class Step:
 
     def gather(self) -> tuple[torch.Tensor, ...]:
         """Return what flash-linear-attention's kernels take, gathered from pages."""
-        planes, keywords = self.layer.pool.planes, {"memory": self.memory.name, "A_log": self.layer.A_log}
-        return gather_stretches(self.query, *planes, self.prefill_plan, **keywords)
+        keywords = {"memory": self.memory, "A_log": self.layer.A_log}
+        return gather_stretches(self.query, self.layer.pool.window, self.prefill_plan, **keywords)
 
     def gather_states(self) -> torch.Tensor:
         """Return the states ``[R, H, D_v, D_k]``."""
-        return gather_states(self.layer.pool.columns, self.state_table, self.layer.model.heads, self.prefill_plan)
+        return gather_states(self.layer.pool.state, self.state_table, self.prefill_plan)
 
     def scatter_states(self, states: torch.Tensor) -> None:
         """Write the states back."""
-        scatter_states(states, self.layer.pool.columns, self.state_table, self.prefill_plan)
+        scatter_states(states, self.layer.pool.state, self.state_table, self.prefill_plan)
 
     def chunks(self) -> Call:
         """Return flash-linear-attention's chunk kernels, on tensors that lie ready."""
-        keywords = {"memory": self.memory.name, "scale": self.scale}
+        keywords = {"memory": self.memory, "scale": self.scale}
         return partial(chunk_stretches, *self.gather(), self.gather_states(), self.prefill_plan, **keywords)
 
     def recurrent(self, *, on_pages: bool) -> Callable[[], torch.Tensor]:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from corpus import read_corpus
 from reproduce import share_of
 
-from vllm_ahn.tools.tiny.tokenizer import LEAST_VOCAB, write_tokenizer
+from vllm_ahn.tools.tiny.tokenizer import MIN_VOCAB, write_tokenizer
 
 SEED = 1
 STEPS = 1500
@@ -46,7 +46,7 @@ WARM_UP = 0.02
 def small_config() -> Qwen2Config:
     """The shape: four heads of 64, two of keys and values."""
     return Qwen2Config(
-        vocab_size=LEAST_VOCAB,
+        vocab_size=MIN_VOCAB,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -55,9 +55,9 @@ def small_config() -> Qwen2Config:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         rope_theta=1e6,
-        bos_token_id=LEAST_VOCAB - 3,
-        eos_token_id=LEAST_VOCAB - 1,
-        pad_token_id=LEAST_VOCAB - 3,
+        bos_token_id=MIN_VOCAB - 3,
+        eos_token_id=MIN_VOCAB - 1,
+        pad_token_id=MIN_VOCAB - 3,
         dtype="float32",
     )
 
@@ -105,7 +105,7 @@ def bits_per_byte(model: Qwen2ForCausalLM, tokens: torch.Tensor, length: int) ->
 def train(output: pathlib.Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(SEED)
     output.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(output, LEAST_VOCAB)
+    write_tokenizer(output, MIN_VOCAB)
     tokenizer = AutoTokenizer.from_pretrained(output)
     corpus = read_corpus()
     tokens, held_out = encode(tokenizer, corpus.train, SEED), encode(tokenizer, corpus.held_out, None)

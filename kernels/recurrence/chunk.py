@@ -1,11 +1,11 @@
 """Chunk-parallel recurrence: prefill on the CPU.
 
-Within a chunk of ``C`` tokens that starts in state ``S``, with ``G_i`` the sum of ``g`` up to and including
+Within a chunk of ``C`` tokens that starts in state ``M``, with ``G_i`` the sum of ``g`` up to and including
 token ``i``, the recurrence unrolls to (the WY form of the delta rule, with decay)
 
-    (I + A) U = diag(b) (V - diag(exp G) K S)      A_ij = b_i exp(G_i - G_j) k_i.k_j  for j < i
-    O         = scale (diag(exp G) Q S + P U)      P_ij = exp(G_i - G_j) q_i.k_j      for j <= i
-    S_next    = exp(G_C) S + sum_j exp(G_C - G_j) k_j u_j^T
+    (I + A) U = diag(b) (V - diag(exp G) K M)      A_ij = b_i exp(G_i - G_j) k_i.k_j  for j < i
+    O         = scale (diag(exp G) Q M + P U)      P_ij = exp(G_i - G_j) q_i.k_j      for j <= i
+    M_next    = exp(G_C) M + sum_j exp(G_C - G_j) k_j u_j^T
 
 and ``U = diag(b) V`` without the delta rule. ``inv(I + A)`` and ``P`` do not depend on the state: they are
 made for many chunks at once. What is left for the loop over chunks is five batched products.
@@ -20,8 +20,8 @@ factors of ``v`` and ``o``.
 import torch
 import torch.nn.functional as F
 
-from .shapes import check_sequence, compute_dtype
-from .triangular import unit_lower_inverse
+from vllm_ahn.kernels.recurrence.shapes import check_sequence, compute_dtype
+from vllm_ahn.kernels.recurrence.triangular import unit_lower_inverse
 
 # exp(-104) is 0 in float32, and nothing in float64 either beside what is added in the same step.
 LOWEST_DECAY = -104.0
@@ -41,10 +41,15 @@ def chunk_recurrence(
     state: torch.Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`naive_recurrence`, chunk by chunk: same arguments, shapes, dtypes and results.
+    """Run the recurrence over ``T`` tokens, chunk by chunk. Differentiable once.
 
-    ``chunk_size`` is in tokens, at least 1; any number of tokens will do. Differentiable once. Raises
-    ``ValueError`` for shapes that do not agree.
+    Arguments, shapes, dtypes and results are those of :func:`naive_recurrence`, and besides:
+
+    Args:
+        chunk_size: tokens of a chunk, at least 1; any number of tokens will do.
+
+    Raises:
+        ValueError: shapes do not agree, or the chunk size is below 1.
     """
     check_sequence(q, k, v, g, b, state)
     if chunk_size < 1:
@@ -58,9 +63,9 @@ def chunk_recurrence(
     # The state is kept transposed, [Dv, Dk]: then one buffer is both a batch over query heads and, with the
     # group's heads stacked, a batch over key/value heads, and no product needs keys repeated per query head.
     if state is None:
-        memory = q.new_zeros(batch * heads, value_dim, key_dim, dtype=dtype)
+        state_t = q.new_zeros(batch * heads, value_dim, key_dim, dtype=dtype)
     else:
-        memory = state.to(dtype).transpose(-1, -2).contiguous().view(batch * heads, value_dim, key_dim)
+        state_t = state.to(dtype).transpose(-1, -2).contiguous().view(batch * heads, value_dim, key_dim)
     stacked = (batch * kv_heads, group * value_dim, key_dim)
     factors = _Factors(g, b, size, chunks, scale, dtype)
     after_diagonal = torch.full((size, size), -torch.inf, dtype=dtype, device=q.device).triu(1)
@@ -92,11 +97,11 @@ def chunk_recurrence(
             value = values[i].reshape(batch * kv_heads, 1, value_dim, size)
             update = value * factors.value[c].reshape(-1, group, 1, size)
             if delta:
-                seen = torch.bmm(memory.reshape(stacked), keys_t[i].flatten(0, 1)).reshape(update.shape)
+                seen = torch.bmm(state_t.reshape(stacked), keys_t[i].flatten(0, 1)).reshape(update.shape)
                 update.addcmul_(seen, factors.read[c].reshape(-1, group, 1, size), value=-1)
                 update = torch.bmm(update.reshape(-1, value_dim, size), inverse_t[i])
             update = update.reshape(-1, value_dim, size)
-            out = torch.bmm(queries[i].flatten(0, 1), memory.transpose(1, 2))
+            out = torch.bmm(queries[i].flatten(0, 1), state_t.transpose(1, 2))
             out = out.mul_(factors.exp_hi[c][..., None]).baddbmm_(scores[i], update.transpose(1, 2))
             out = out.view(batch, heads, size, value_dim).transpose(1, 2)
             factor = factors.out[c].view(batch, heads, size, 1).transpose(1, 2)
@@ -105,11 +110,11 @@ def chunk_recurrence(
             else:
                 torch.mul(out, factor, out=o[:, c * size : (c + 1) * size])
             update = (update * factors.store[c][:, None, :]).reshape(-1, group * value_dim, size)
-            memory = (memory * factors.carry[c][:, None, None]).view(stacked)
-            memory = memory.baddbmm_(update, keys[i].flatten(0, 1)).view(-1, value_dim, key_dim)
+            state_t = (state_t * factors.carry[c][:, None, None]).view(stacked)
+            state_t = state_t.baddbmm_(update, keys[i].flatten(0, 1)).view(-1, value_dim, key_dim)
     o = torch.cat(pieces, dim=1) if pieces else o
     o = o[:, :length].contiguous()
-    return o, memory.view(batch, heads, value_dim, key_dim).transpose(-1, -2).contiguous()
+    return o, state_t.view(batch, heads, value_dim, key_dim).transpose(-1, -2).contiguous()
 
 
 class _Factors:

@@ -2,12 +2,14 @@
 
 import torch
 
+L2_EPS = 1e-6
+"""Beside the sum of squares: zeros stay zeros."""
 
-def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """``x * rsqrt(sum(x^2, -1) + eps)``.
 
-    ``x`` is ``[..., D]`` of any float dtype. Computed and returned in float32 (float64 stays float64), so
-    that a zero row gives zeros and a half-precision input loses nothing more.
+def l2_normalize(x: torch.Tensor, eps: float = L2_EPS) -> torch.Tensor:
+    """Return ``x * rsqrt(sum(x^2, -1) + eps)`` of ``x [..., D]``, any float dtype.
+
+    Computed and returned in float32 (float64 stays float64), so that a half-precision input loses nothing more.
     """
     x = x if x.dtype == torch.float64 else x.float()
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""The two memories' pages, specs and managers: who holds how many blocks, and when."""
+"""The two memories' specs and managers: who holds how many blocks, and when."""
 
 import types
 from collections.abc import Iterator
@@ -11,55 +11,8 @@ from vllm.utils.math_utils import cdiv
 from support.cache_case import specs
 from support.engines import cache_manager, engine
 from support.golden_data import CONFIGURATIONS
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 
 GDN = CONFIGURATIONS["gdn_qwen2"]
-
-
-@pytest.mark.parametrize("block_size", [16, 32, 128])
-@pytest.mark.parametrize("heads, kv_heads, head_size, gates", [(14, 2, 64, 2), (4, 4, 80, 1), (5, 1, 128, 2)])
-def test_planes_of_a_window_page(block_size: int, heads: int, kv_heads: int, head_size: int, gates: int) -> None:
-    """Planes tile a page exactly, and each starts where kernels can load it."""
-    layout = WindowPageLayout(kv_heads, head_size, gates * heads // kv_heads, block_size, torch.bfloat16)
-    cache = torch.zeros(3, kv_heads, block_size, layout.content_elements, dtype=layout.dtype)
-    assert cache[0].numel() * 2 == layout.page_bytes
-    pages = WindowPages(cache, layout)
-    for value, plane in enumerate((pages.keys, pages.values, pages.gates), start=1):
-        plane += value
-        assert plane.stride(0) * 2 == layout.page_bytes
-        assert plane.storage_offset() * 2 % 16 == 0
-        assert plane.stride(1) * 2 % 16 == 0
-    written, counts = cache.unique(return_counts=True)
-    assert written.tolist() == [1, 2, 3]
-    assert counts.tolist() == [plane.numel() for plane in (pages.keys, pages.values, pages.gates)]
-    pages.keys_transposed[1, 0, :, 5] = torch.arange(head_size).bfloat16()
-    assert torch.equal(
-        cache[1, 0].flatten()[5 : head_size * block_size : block_size], torch.arange(head_size).bfloat16()
-    )
-
-
-def test_window_pages_of_another_shape_are_refused() -> None:
-    layout = WindowPageLayout(2, 64, 4, 16, torch.bfloat16)
-    with pytest.raises(ValueError, match="window pages must be"):
-        WindowPages(torch.zeros(3, 2, 16, 128, dtype=torch.bfloat16), layout)
-
-
-@pytest.mark.parametrize("page_bytes", [8704, 18176, 70000 // 16 * 16])
-@pytest.mark.parametrize("heads, head_size", [(14, 64), (3, 80), (5, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states_come_back_from_their_pages(page_bytes: int, heads: int, head_size: int, dtype: torch.dtype) -> None:
-    """Whatever pages a state is given, in any order; and no other page changes."""
-    layout = StatePageLayout(heads, head_size, page_bytes, dtype)
-    assert layout.num_pages == cdiv(heads * head_size, page_bytes // (head_size * dtype.itemsize))
-    cache = torch.full((4 * layout.num_pages, 1, 16, page_bytes // 32), float("nan"), dtype=torch.bfloat16)
-    pages = StatePages(cache, layout)
-    ids = torch.randperm(len(cache))[: 3 * layout.num_pages].view(3, layout.num_pages)
-    states = torch.randn(3, heads, head_size, head_size).to(dtype).float()
-    pages.scatter(ids, states)
-    assert torch.equal(pages.gather(ids), states)
-    assert torch.equal(pages.gather(ids.flip(0)), states.flip(0))
-    others = torch.ones(len(cache), dtype=torch.bool).index_fill_(0, ids.flatten(), False)
-    assert cache[others].isnan().all()
 
 
 def config(max_model_len: int, max_in_flight_tokens: int) -> types.SimpleNamespace:

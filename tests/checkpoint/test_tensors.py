@@ -78,8 +78,11 @@ def test_options_add_and_remove_tensors() -> None:
     assert len(routed) == len(expected_tensors("Mamba2", SHAPE)) + 6
     # An AHNConfig serves as the options, too.
     full = AHNConfig("GatedDeltaNet", full_attention_layers=(1,))
-    kept = expected_tensors("GatedDeltaNet", SHAPE, full) | unused_tensors("GatedDeltaNet", SHAPE, full)
-    assert {int(name.split(".")[2]) for name in kept} == {0, 2}
+    needed, unused = expected_tensors("GatedDeltaNet", SHAPE, full), unused_tensors("GatedDeltaNet", SHAPE, full)
+    assert {int(name.split(".")[2]) for name in needed} == {0, 2}
+    # The published trainer saves all layers alike.
+    assert needed | unused == plain | unused_tensors("GatedDeltaNet", SHAPE)
+    assert not needed.keys() & unused.keys()
     assert count_parameters("GatedDeltaNet", SHAPE, full) * 3 == count_parameters("GatedDeltaNet", SHAPE) * 2
 
 

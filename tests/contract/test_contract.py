@@ -23,10 +23,10 @@ from support import flash_emulation
 from support.golden_data import CONFIGURATIONS
 from vllm_ahn.attention.backend import AHNStateBackend, AHNWindowBackend
 from vllm_ahn.attention.gpu.compute import GPUCore
+from vllm_ahn.bases import find_base
 from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
-from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
-from vllm_ahn.models import MODEL_CLASSES
+from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
 from vllm_ahn.models.ahn import cut_out_of_graphs
 from vllm_ahn.plugin import compat, register
 
@@ -55,13 +55,14 @@ def config() -> VllmConfig:
 
 
 def test_arguments_come_to_a_resolved_model(config: VllmConfig) -> None:
-    assert config.model_config.architecture in MODEL_CLASSES
+    base = find_base({"architectures": ["Qwen2ForCausalLM"]}, "golden")
+    assert config.model_config.architecture == base.ahn_architecture
     ahn = config.additional_config["ahn"]
     assert (ahn["memory"], ahn["window"], ahn["sinks"]) == (GDN.memory, GDN.window, GDN.sinks)
     model_class, _ = config.model_config.registry.resolve_model_cls(
         [config.model_config.architecture], config.model_config
     )
-    assert f"{model_class.__module__}:{model_class.__name__}" == MODEL_CLASSES[config.model_config.architecture]
+    assert f"{model_class.__module__}:{model_class.__name__}" == base.model_class
     assert hasattr(torch.ops.vllm, "ahn_attention")
 
 

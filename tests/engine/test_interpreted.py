@@ -1,4 +1,8 @@
-"""The GPU path end to end: vLLM's V2 model runner and Triton kernels in the interpreter give the golden tokens."""
+"""The GPU path end to end: vLLM's V2 model runner and Triton kernels in the interpreter give the golden tokens.
+
+The interpreter takes a second for some ten tokens of a prompt, so the prompts are the shorter ones and the tokens the
+first ones: requests come to W + S in a prompt and in a decode, and to the end of a block in both.
+"""
 
 from typing import Any
 
@@ -9,30 +13,41 @@ from support.golden_data import CONFIGURATIONS, GENERATED, Golden
 from support.interpreted_engine import TWO_PROCESSES, run
 from vllm_ahn.reference import from_folders
 
+pytestmark = [pytest.mark.slow, pytest.mark.gpu_path]
+
 V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
+UP_TO = 100
+"""Tokens of the longest prompt, three times W + S."""
+FIRST = 18
+"""Tokens for each prompt: the shortest, of 20, crosses W + S = 32."""
 
 
-def continuations(golden: Golden, lengths: tuple[int, ...], **arguments: Any) -> dict[str, Any]:
-    """Run the golden prompts of these lengths; checks the tokens, returns what else there is to see."""
+def continuations(golden: Golden, lengths: tuple[int, ...], generated: int = FIRST, **arguments: Any) -> dict[str, Any]:
+    """Run the golden prompts of these lengths, check the tokens and return what else there is to see."""
     cases = [golden.case(length) for length in lengths]
     ahn = {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
-    result = run(golden.base, ahn, [case.prompt.tolist() for case in cases], GENERATED, **arguments)
+    result = run(golden.base, ahn, [case.prompt.tolist() for case in cases], generated, **arguments)
     assert {worker["core"] for worker in result["workers"]} == {"GPUCore"}
     for case, tokens in zip(cases, result["tokens"], strict=True):
-        assert tokens == case.tokens.tolist(), case.length
+        assert tokens == case.tokens[:generated].tolist(), case.length
     return result
+
+
+def short(golden: Golden) -> tuple[int, ...]:
+    """Lengths of the golden prompts that are used here."""
+    return tuple(length for length in golden.lengths if length <= UP_TO)
 
 
 @pytest.mark.parametrize("golden", CONFIGURATIONS.values(), ids=lambda golden: golden.name)
 def test_all_lengths_in_one_batch(golden: Golden) -> None:
     constants = {"gpu.plan.MASKED_QUERIES": 40, "paged.triton.SEGMENTS": 4}
-    result = continuations(golden, golden.lengths, block_size=16, max_num_seqs=8, constants=constants)
+    result = continuations(golden, short(golden), block_size=16, max_num_seqs=8, constants=constants)
     assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER]
 
 
 def test_sinks_and_window_without_a_memory() -> None:
     golden = CONFIGURATIONS["gdn_qwen2"]
-    asked = [golden.case(length).prompt.tolist() for length in golden.lengths]
+    asked = [golden.case(length).prompt.tolist() for length in short(golden)]
     setting = {"checkpoint": "none", "window": golden.window, "sinks": golden.sinks}
     result = run(golden.base, setting, asked, 3, block_size=16, max_num_seqs=8)
     reference = from_folders(golden.base, "none", golden.window, golden.sinks)
@@ -64,7 +79,7 @@ def test_sinks_that_fill_their_blocks(flash_version: int | None) -> None:
 def test_chunks_of_64_tokens() -> None:
     """Chunks that begin inside ``W + S`` and end past it, beside decodes and short requests."""
     golden = CONFIGURATIONS["gdn_qwen2"]
-    continuations(golden, golden.lengths, max_num_batched_tokens=64, max_num_seqs=8, warm_up=True)
+    continuations(golden, short(golden), max_num_batched_tokens=64, max_num_seqs=8, warm_up=True)
 
 
 def test_preemption_and_stale_rows() -> None:
@@ -73,6 +88,7 @@ def test_preemption_and_stale_rows() -> None:
     result = continuations(
         golden,
         (100, 37, 100, 20, 37, 32),
+        GENERATED,
         block_size=16,
         max_model_len=160,
         max_num_seqs=3,

@@ -1,16 +1,19 @@
 """The GPU path with what the golden data does not have, against the reference: checkpoint options, and half precision.
 
-The counterpart, in few engines since each is slow in the interpreter, of ``test_engine_reference.py``.
+The counterpart, in few engines since each is slow in the interpreter, of ``test_reference.py``.
 """
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from support.interpreted_engine import run
 from vllm_ahn.reference import from_folders
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.gpu_path]
 
 MAX_TOKENS = 4
 TOLERANCE = 1e-3

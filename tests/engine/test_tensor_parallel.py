@@ -1,39 +1,49 @@
 """Two tensor-parallel processes give the golden tokens: heads, gates, states, and Mamba2's norm over all of them."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from support.golden_data import CONFIGURATIONS, GENERATED
+from support.servers import run
 
+pytestmark = pytest.mark.slow
+
+NAMES = ("gdn_qwen2", "mamba2_qwen2", "dn_qwen3")
+
+# One engine after the other: what takes long is to import vLLM.
 PROGRAM = """
-import json, sys
+import json, pathlib, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    llm = LLM(**job["arguments"])
+    job = json.loads(pathlib.Path(sys.argv[1]).read_text())
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
-    print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+    for name, case in job["cases"].items():
+        llm = LLM(**job["arguments"], **case["arguments"])
+        outputs = llm.generate([{"prompt_token_ids": p} for p in case["prompts"]], params, use_tqdm=False)
+        llm.llm_engine.engine_core.shutdown()
+        print("RESULT", name, json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
 """
 
 
-@pytest.mark.parametrize("name", ["gdn_qwen2", "mamba2_qwen2", "dn_qwen3"])
-def test_same_tokens_as_one(name: str, tmp_path: Path) -> None:
-    golden = CONFIGURATIONS[name]
-    program = tmp_path / "generate.py"  # a file, since vLLM's workers import the main module again
-    program.write_text(PROGRAM)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    """The tokens for every golden prompt of each configuration."""
+    folder = tmp_path_factory.mktemp("two-processes")
+    program, job_file = folder / "generate.py", folder / "job.json"
+    program.write_text(PROGRAM)  # a file, since vLLM's workers import the main module again
+    cases = {}
+    for golden in map(CONFIGURATIONS.__getitem__, NAMES):
+        ahn = {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
+        cases[golden.name] = {
+            "prompts": [case.prompt.tolist() for case in golden.cases()],
+            "arguments": {"model": str(golden.base), "additional_config": {"ahn": ahn}},
+        }
     job = {
-        "prompts": [case.prompt.tolist() for case in golden.cases()],
+        "cases": cases,
         "max_tokens": GENERATED,
         "arguments": {
-            "model": str(golden.base),
-            "additional_config": {
-                "ahn": {"checkpoint": str(golden.ahn), "window": golden.window, "sinks": golden.sinks}
-            },
             "tensor_parallel_size": 2,
             "dtype": "float32",
             "max_model_len": 1024,
@@ -45,11 +55,14 @@ def test_same_tokens_as_one(name: str, tmp_path: Path) -> None:
             "kv_cache_memory_bytes": 64 << 20,
         },
     }
-    result = subprocess.run(
-        [sys.executable, str(program), json.dumps(job)], capture_output=True, text=True, timeout=400, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    # Workers that are slow to end are logged after it, on the same stream.
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("[[")]
-    tokens = json.loads(line)
-    assert tokens == [case.tokens.tolist() for case in golden.cases()]
+    job_file.write_text(json.dumps(job))
+    process = run([sys.executable, str(program), str(job_file)], timeout=500)
+    assert process.returncode == 0, process.stderr[-4000:]
+    # Workers log on the same stream.
+    lines = [line.split(maxsplit=2) for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    return {name: json.loads(tokens) for _, name, tokens in lines}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_tokens_as_one(name: str, results: dict[str, list[list[int]]]) -> None:
+    assert results[name] == [case.tokens.tolist() for case in CONFIGURATIONS[name].cases()]

@@ -1,4 +1,4 @@
-"""Runs each file of ``tests/interpreted`` in a process of its own, in which Triton interprets kernels."""
+"""Runs the files of ``tests/kernels/interpreted`` in processes in which Triton interprets kernels."""
 
 import os
 import subprocess
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FOLDER = Path(__file__).parent / "interpreted"
+# flash-linear-attention and vLLM are imported for the interpreter, each in a process that other files need not share.
+WITH_FLA, WITH_VLLM = ["test_prefill_memory.py"], ["test_tables.py", "test_window_attention.py"]
+OTHERS = sorted({path.name for path in FOLDER.glob("test_*.py")} - {*WITH_FLA, *WITH_VLLM})
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_in_interpreter(path: Path) -> None:
+@pytest.mark.parametrize("names", [OTHERS, WITH_FLA, WITH_VLLM], ids=["others", "with_fla", "with_vllm"])
+def test_in_interpreter(names: list[str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(FOLDER / name) for name in names)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_ahn
 from vllm_ahn import AHNConfig, AHNError
-from vllm_ahn.plugin import overrides, setting
+from vllm_ahn.plugin import arguments, overrides
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
 load_general_plugins()
@@ -42,13 +42,13 @@ def from_command_line(*arguments: object) -> EngineArgs:
     return AsyncEngineArgs.from_cli_args(parser.parse_args([str(a) for a in arguments]))
 
 
-def wish(tiny: TinyPaths, **lengths: int) -> dict[str, Any]:
+def request_for(tiny: TinyPaths, **lengths: int) -> dict[str, Any]:
     return {"ahn": {"checkpoint": str(tiny.ahn), **lengths}}
 
 
 def served(args: EngineArgs) -> tuple[AHNConfig, Any]:
-    model_config = args.create_model_config()
-    return AHNConfig.from_dict(args.additional_config["ahn"]), model_config
+    config = args.create_engine_config()
+    return AHNConfig.from_vllm_config(config), config.model_config
 
 
 def test_every_way_in_gives_the_same(tiny: TinyPaths) -> None:
@@ -56,16 +56,16 @@ def test_every_way_in_gives_the_same(tiny: TinyPaths) -> None:
     ways = [
         from_command_line("--model", base, "--ahn", ahn, "--ahn-window", WINDOW, "--ahn-sinks", SINKS),
         from_command_line(
-            "--model", base, "--additional-config", json.dumps(wish(tiny, window=WINDOW, sinks=SINKS))
+            "--model", base, "--additional-config", json.dumps(request_for(tiny, window=WINDOW, sinks=SINKS))
         ),
         from_command_line(
             "--model", base, "--ahn-window", WINDOW,
-            "--additional-config", json.dumps(wish(tiny, sinks=SINKS)),
+            "--additional-config", json.dumps(request_for(tiny, sinks=SINKS)),
         ),
-        EngineArgs(model=base, additional_config=wish(tiny, window=WINDOW, sinks=SINKS)),
+        EngineArgs(model=base, additional_config=request_for(tiny, window=WINDOW, sinks=SINKS)),
         EngineArgs(
             model=base,
-            additional_config=setting.with_flags({}, checkpoint=ahn, window=WINDOW, sinks=SINKS),
+            additional_config=arguments.with_flags({}, checkpoint=ahn, window=WINDOW, sinks=SINKS),
         ),
     ]  # fmt: skip
     expected = AHNConfig(memory="GatedDeltaNet", window=WINDOW, sinks=SINKS, checkpoint=ahn)
@@ -101,7 +101,7 @@ def test_defaults(tiny: TinyPaths) -> None:
     ],
 )
 def test_lengths(tiny: TinyPaths, window: int, sinks: int, requested: Any, length: int, positions: int) -> None:
-    extra = wish(tiny, window=window, sinks=sinks)
+    extra = request_for(tiny, window=window, sinks=sinks)
     args = EngineArgs(model=str(tiny.base), additional_config=extra, max_model_len=requested)
     _, model_config = served(args)
     assert model_config.max_model_len == length
@@ -138,7 +138,9 @@ def test_a_length_that_never_uses_the_memory_is_warned_of(
     assert "24 + 8 = 32" in str(overrides.unused_memory(config, 32))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="vllm"):
-        served(EngineArgs(model=str(tiny.base), max_model_len=31, additional_config=wish(tiny, window=24, sinks=8)))
+        served(
+            EngineArgs(model=str(tiny.base), max_model_len=31, additional_config=request_for(tiny, window=24, sinks=8))
+        )
     assert [r.message for r in caplog.records if "memory would never be used" in r.message]
 
 
@@ -153,7 +155,7 @@ def test_the_users_own_overrides_are_kept(tiny: TinyPaths, theirs: Any) -> None:
         model=str(tiny.base),
         hf_overrides=theirs,
         max_model_len=1000,
-        additional_config=wish(tiny, window=24, sinks=8),
+        additional_config=request_for(tiny, window=24, sinks=8),
     )
     for _ in range(2):
         _, model_config = served(args)
@@ -166,18 +168,18 @@ def test_the_users_own_overrides_are_kept(tiny: TinyPaths, theirs: Any) -> None:
 
 
 def test_asking_again_changes_nothing(tiny: TinyPaths) -> None:
-    extra = wish(tiny, window=24, sinks=8)
+    extra = request_for(tiny, window=24, sinks=8)
     args = EngineArgs(model=str(tiny.base), additional_config=extra, max_model_len=1000)
     first = served(args)
     second = served(args)
     assert first[0] == second[0]
     assert first[1].compute_hash() == second[1].compute_hash()
-    assert extra == wish(tiny, window=24, sinks=8), "the user's own dict was changed"
+    assert extra == request_for(tiny, window=24, sinks=8), "the user's own dict was changed"
 
 
 def test_what_stays_the_bases(tiny: TinyPaths) -> None:
     plain = EngineArgs(model=str(tiny.base)).create_model_config()
-    _, ours = served(EngineArgs(model=str(tiny.base), additional_config=wish(tiny, window=24)))
+    _, ours = served(EngineArgs(model=str(tiny.base), additional_config=request_for(tiny, window=24)))
     for name in ("model", "tokenizer", "served_model_name", "dtype", "generation_config"):
         assert getattr(ours, name) == getattr(plain, name)
     assert ours.try_get_generation_config() == plain.try_get_generation_config()
@@ -209,7 +211,7 @@ def test_none_is_sinks_and_window_without_a_memory(tiny: TinyPaths, merged: Path
         EngineArgs(model=str(tiny.base), additional_config={"ahn": {"checkpoint": "none", "window": WINDOW}}),
         from_command_line("--model", merged, "--ahn", "none", "--ahn-window", WINDOW),
         # No second checkpoint is read, so any load format will do.
-        EngineArgs(model=str(tiny.base), load_format="pt", additional_config=setting.with_flags(
+        EngineArgs(model=str(tiny.base), load_format="pt", additional_config=arguments.with_flags(
             {}, checkpoint="none", window=WINDOW)),
     ):  # fmt: skip
         for _ in range(2):  # what was resolved resolves to itself
@@ -230,14 +232,14 @@ def test_the_training_window_in_a_merged_checkpoint_is_ignored(merged: Path, tmp
 
 
 def test_the_whole_configuration(tiny: TinyPaths) -> None:
-    args = EngineArgs(model=str(tiny.base), max_model_len=2048, additional_config=wish(tiny, window=24, sinks=8))
+    args = EngineArgs(model=str(tiny.base), max_model_len=2048, additional_config=request_for(tiny, window=24, sinks=8))
     config = args.create_engine_config()
     assert config.model_config.max_model_len == 2048
     assert config.cache_config.sliding_window is None
     json.dumps(config.additional_config)
     assert config.compute_hash() == args.create_engine_config().compute_hash()
     other = EngineArgs(
-        model=str(tiny.base), max_model_len=2048, additional_config=wish(tiny, window=25, sinks=8)
+        model=str(tiny.base), max_model_len=2048, additional_config=request_for(tiny, window=25, sinks=8)
     ).create_engine_config()
     assert config.compute_hash() != other.compute_hash(), "compiled code would be shared"
 
@@ -253,19 +255,19 @@ def test_flags_are_documented() -> None:
 
 
 def test_with_flags() -> None:
-    assert setting.with_flags(None) is None
-    assert setting.with_flags({"a": 1}, checkpoint="c") == {"a": 1, "ahn": {"checkpoint": "c"}}
-    assert setting.with_flags({"ahn": "c"}, sinks=0) == {"ahn": {"checkpoint": "c", "sinks": 0}}
+    assert arguments.with_flags(None) is None
+    assert arguments.with_flags({"a": 1}, checkpoint="c") == {"a": 1, "ahn": {"checkpoint": "c"}}
+    assert arguments.with_flags({"ahn": "c"}, sinks=0) == {"ahn": {"checkpoint": "c", "sinks": 0}}
     with pytest.raises(AHNError, match=r"--ahn-window is 3 and .* gives window as well"):
-        setting.with_flags({"ahn": {"window": 3}}, window=3)
+        arguments.with_flags({"ahn": {"window": 3}}, window=3)
     with pytest.raises(AHNError, match="expected a checkpoint or a dict"):
-        setting.with_flags({"ahn": 3}, window=3)
+        arguments.with_flags({"ahn": 3}, window=3)
     with pytest.raises(AHNError, match="expected a dict where --ahn is given"):
-        setting.with_flags("text", checkpoint="c")
+        arguments.with_flags("text", checkpoint="c")
 
 
 def test_llm_refuses_what_would_be_the_plain_model(tiny: TinyPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AHNError, match="there is no AHN in this model"):
+    with pytest.raises(AHNError, match="has no AHN merged in; pass a checkpoint with --ahn"):
         vllm_ahn.LLM(str(tiny.base))
     with pytest.raises(AHNError, match="no such folder"):
         vllm_ahn.LLM(str(tiny.base), ahn="/nowhere/ahn")

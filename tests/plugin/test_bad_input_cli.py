@@ -21,6 +21,7 @@ from vllm_ahn.tools.tiny import make_tiny
 Tensors = dict[str, torch.Tensor]
 LAYER = "model.layers.1.ahn.fn"
 DRIVER = TESTS / "support" / "serve_driver.py"
+OTHER_COMMANDS = ("bench", "run-batch")
 TIMEOUT = 60  # seconds a refused server may take to end
 
 
@@ -53,7 +54,8 @@ def damaged(source: Path, target: Path, damage: Callable[[bytes], bytes]) -> Pat
 
 
 def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
-    """Name of a case -> (arguments of ``vllm serve``, a pattern that the sentence must match)."""
+    """Name of a case -> (arguments of ``vllm serve``, or of another command with its name, and a pattern that the
+    sentence must match)."""
     good = make_tiny(tmp / "tiny")
     merged = make_tiny(tmp / "tiny", merged=True).base
     assert good.ahn is not None
@@ -175,6 +177,13 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "merged, zero window": ([str(merged), "--ahn-window", "0"], "--ahn-window.* 0"),
     }  # fmt: skip
+    # The other commands that make an engine, which hand on the arguments in ways of their own.
+    nowhere = ["--model", str(base), "--ahn", str(tmp / "nowhere")]
+    batch = ["-i", str(tmp / "in"), "-o", str(tmp / "out")]
+    cases |= {
+        "bench latency": (["bench", "latency", *nowhere], "nowhere.*no such folder"),
+        "run-batch": (["run-batch", *batch, *nowhere], "nowhere.*no such folder"),
+    }
     served = [str(base), "--ahn", str(ahn), "--ahn-window", "24", "--ahn-sinks", "8"]
     features = {
         "load format": (["--load-format", "sharded_state"], "load format.*sharded_state"),
@@ -221,7 +230,7 @@ NAMES = [
     "prefill context parallelism",
     "KV connector", "KV offloading", "quantised cache", "cache of another dtype", "block size",
     "no hybrid manager",
-    "microbatches", "shared KV", "Transformers' model", "pooling",
+    "microbatches", "shared KV", "Transformers' model", "pooling", "bench latency", "run-batch",
 ]  # fmt: skip
 
 
@@ -230,7 +239,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
     """What the real command line did with every case, and the pattern to find in it."""
     tmp = tmp_path_factory.mktemp("bad_input")
     cases = bad_inputs(tmp)
-    argv = [["serve", *arguments, "--port", "0"] for arguments, _ in cases.values()]
+    argv = [
+        arguments if arguments[0] in OTHER_COMMANDS else ["serve", *arguments, "--port", "0"]
+        for arguments, _ in cases.values()
+    ]
     (tmp / "cases.json").write_text(json.dumps(argv))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_PLUGINS", None)

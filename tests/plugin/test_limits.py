@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -11,11 +10,12 @@ from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as LOA
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_ahn import AHNError
-from vllm_ahn.models import MODEL_CLASSES
+from vllm_ahn.bases import BASES
 from vllm_ahn.plugin import limits
-from vllm_ahn.plugin.wanted import Wanted
+from vllm_ahn.plugin.limits import LOAD_FORMATS, SETTINGS, RequestedFeatures
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
 load_general_plugins()
@@ -30,8 +30,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cache_dtype": "bfloat16", "model_dtype": "float32"}, "another dtype.*'bfloat16'.*float32"),
     ({"mamba_cache_dtype": "float32"}, "leave out --mamba-cache-dtype float32"),
     ({"mamba_ssm_cache_dtype": "float16"}, "state in float16: --mamba-ssm-cache-dtype is expected to be auto"),
-    ({"second_source": True, "load_format": "tensorizer"}, "load format 'tensorizer'"),
-    ({"second_source": True, "load_format": "bitsandbytes"}, "load format 'bitsandbytes'"),
+    ({"separate_checkpoint": True, "load_format": "tensorizer"}, "load format 'tensorizer'"),
+    ({"separate_checkpoint": True, "load_format": "bitsandbytes"}, "load format 'bitsandbytes'"),
     ({"block_size": 8}, "blocks of 8 tokens"),
     ({"block_size": 24}, "blocks of 24 tokens"),
     ({"block_size": 256}, "blocks of 256 tokens"),
@@ -52,10 +52,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device_type": "xpu"}, "on CPUs and on GPUs of NVIDIA and AMD.*'xpu'"),
     ({"attention_backend": "TRITON_ATTN"}, "expected to be 'CPU_ATTN' on CPUs, or left out"),
     ({"runs_triton": True, "attention_backend": "FLASHINFER"}, "'FLASHINFER'.*'TRITON_ATTN' or 'FLASH_ATTN' on GPUs"),
-    ({"backends_per_kind": True}, "backend_per_kind"),
+    ({"backend_per_kind": True}, "backend_per_kind"),
 ]
 
-FLASH = Wanted(runs_triton=True, has_flash_attention=True, attention_backend="FLASH_ATTN")
+FLASH = RequestedFeatures(runs_triton=True, has_flash_attention=True, attention_backend="FLASH_ATTN")
 REFUSED_OF_FLASH_ATTENTION: list[tuple[dict[str, Any], str]] = [
     ({"has_flash_attention": False}, "compute capability 8.0"),
     ({"model_dtype": "float32"}, "float32.*one of float16, bfloat16"),
@@ -101,11 +101,15 @@ def engine_args(tiny: TinyPaths, **arguments: Any) -> EngineArgs:
     return EngineArgs(model=str(tiny.base), additional_config=extra, **arguments)
 
 
+def changed(features: RequestedFeatures, **values: Any) -> RequestedFeatures:
+    return RequestedFeatures(**(vars(features) | values))
+
+
 @pytest.mark.parametrize(("change", "pattern"), REFUSED)
 def test_refused(change: dict[str, Any], pattern: str) -> None:
-    limits.check(Wanted())
+    limits.check(RequestedFeatures())
     with pytest.raises(AHNError, match=pattern) as caught:
-        limits.check(Wanted(**change))
+        limits.check(RequestedFeatures(**change))
     assert "\n" not in str(caught.value)
 
 
@@ -113,13 +117,13 @@ def test_refused(change: dict[str, Any], pattern: str) -> None:
 def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> None:
     good = {"model_dtype": "bfloat16", "head_size": 80, "block_size": 16, "sinks": 128, "window": 32640}
     limits.check(FLASH)
-    limits.check(dataclasses.replace(FLASH, **good))
-    for wanted in (dataclasses.replace(FLASH, **change), dataclasses.replace(FLASH, **(good | change))):
+    limits.check(changed(FLASH, **good))
+    for features in (changed(FLASH, **change), changed(FLASH, **(good | change))):
         with pytest.raises(AHNError, match=pattern) as caught:
-            limits.check(wanted)
+            limits.check(features)
         assert str(caught.value).startswith("--attention-backend is 'FLASH_ATTN'") and "\n" not in str(caught.value)
         # What Triton's attention can do all of.
-        limits.check(dataclasses.replace(wanted, attention_backend="TRITON_ATTN"))
+        limits.check(changed(features, attention_backend="TRITON_ATTN"))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> Non
         {"base_cache": "kv_cache_scheme of x", "cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
         {"mamba_ssm_cache_dtype": "float32"},
         {"mamba_ssm_cache_dtype": "bfloat16"},
-        {"second_source": True, "load_format": "dummy"},
+        {"separate_checkpoint": True, "load_format": "dummy"},
         {"load_format": "sharded_state"},  # of a merged model, which has no second source
         {"runner": "auto", "convert": "auto"},
         {"model_impl": "vllm"},
@@ -140,7 +144,7 @@ def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> Non
     ],
 )
 def test_not_refused(change: dict[str, Any]) -> None:
-    limits.check(Wanted(**change))
+    limits.check(RequestedFeatures(**change))
 
 
 @pytest.mark.parametrize(("arguments", "pattern"), ARGUMENTS)
@@ -189,7 +193,7 @@ def test_the_hook_sees_configurations_that_no_argument_led_to(tiny: TinyPaths) -
 
 
 def test_every_ahn_model_has_the_hook() -> None:
-    assert all("AHN" in MODELS_CONFIG_MAP[architecture].__name__ for architecture in MODEL_CLASSES)
+    assert all("AHN" in MODELS_CONFIG_MAP[base.ahn_architecture].__name__ for base in BASES)
 
 
 @pytest.mark.parametrize(("flag", "dtype"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
@@ -202,7 +206,7 @@ def test_the_flag_for_the_state_reaches_the_configuration(tiny: TinyPaths, flag:
 
 def test_the_flag_for_the_state_may_not_contradict_a_resolved_setting(tiny: TinyPaths) -> None:
     args = engine_args(tiny, mamba_ssm_cache_dtype="bfloat16")
-    args.create_engine_config()
+    args.additional_config = args.create_engine_config().additional_config
     args.mamba_ssm_cache_dtype = "float32"
     with pytest.raises(AHNError, match=r"'state_dtype': 'bfloat16'.*expected.*'state_dtype': 'float32'"):
         args.create_engine_config()
@@ -215,20 +219,34 @@ def test_the_block_size_that_the_platform_chooses_is_accepted(tiny: TinyPaths) -
 
 def test_load_formats_are_those_of_the_default_loader() -> None:
     """Every other loader of vLLM reads the model's own weights only, so it must be among the refused."""
-    accepted = {name for name in LOADERS if not list(limits.refusals(Wanted(second_source=True, load_format=name)))}
     default = {name for name, loader in LOADERS.items() if loader is DefaultModelLoader}
-    assert accepted - {"dummy"} <= default
-    assert {"auto", "safetensors", "dummy"} <= accepted
+    # These three read files of other names or kinds, in the second source too.
+    assert set(LOAD_FORMATS) == default - {"mistral", "npcache", "pt"} | {"dummy"}
+    for name in LOADERS:
+        refused = list(limits.refusals(RequestedFeatures(separate_checkpoint=True, load_format=name)))
+        assert [f"load format {name!r}" in sentence for sentence in refused] == [True] * (name not in LOAD_FORMATS)
+        assert not list(limits.refusals(RequestedFeatures(load_format=name))), "a merged model has no second source"
 
 
-def test_wanted_reads_every_field_from_both_sides(tiny: TinyPaths) -> None:
+def test_every_flag_in_the_table_is_one_of_vllms() -> None:
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assert {flag for setting in SETTINGS for flag in setting.flags} <= known
+
+
+def test_a_setting_that_is_not_in_the_table() -> None:
+    with pytest.raises(TypeError, match="no such setting: block_sizes"):
+        RequestedFeatures(block_sizes=16)
+
+
+def test_every_setting_is_read_from_both_sides(tiny: TinyPaths) -> None:
     asked = {"mamba_ssm_cache_dtype": "float32", "attention_backend": "cpu_attn"}
     args = engine_args(tiny, block_size=32, max_model_len=1000, dtype="float32", **asked)
     config = args.create_engine_config()
-    ours, theirs = Wanted.from_engine_args(args), Wanted.from_vllm_config(config)
+    ours, theirs = RequestedFeatures.from_engine_args(args), RequestedFeatures.from_vllm_config(config)
     head_size = config.model_config.get_head_size()
     decided = {"model_dtype": "float32", "runner": "generate", "convert": "none", "head_size": head_size}
-    assert theirs == dataclasses.replace(ours, **decided)
-    assert ours.second_source
+    assert theirs == changed(ours, **decided)
+    assert ours.separate_checkpoint
     assert (ours.block_size, ours.window, ours.sinks) == (32, 24, 8)
     assert ours.attention_backend == "CPU_ATTN"

@@ -14,8 +14,8 @@ from support.golden_data import CONFIGURATIONS, LOGIT_TOLERANCE
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
 from vllm_ahn.reference import BaseConfig, ReferenceModel, from_folders
+from vllm_ahn.reference.decoder import Router
 from vllm_ahn.reference.layers import window_attention
-from vllm_ahn.reference.model import Router
 
 W, S = 24, 8
 GDN = CONFIGURATIONS["gdn_qwen2"]
@@ -318,6 +318,8 @@ def test_full_attention_layers(as_text: bool, tmp_path: pathlib.Path, prompt: to
     }
     write_ahn(tmp_path / "some", GDN.ahn, kept, fa_layer_ids="0,2" if as_text else [0, 2])
     some = from_folders(GDN.base, tmp_path / "some", W, S)
+    write_ahn(tmp_path / "all", GDN.ahn, tensors, fa_layer_ids=[0, 2])  # some checkpoints hold tensors of every layer
+    assert torch.equal(from_folders(GDN.base, tmp_path / "all", W, S)(prompt), some(prompt))
     x = torch.randn(1, 70, 128)
     for i, like in enumerate((base, plain, base)):
         cache = [model.new_cache()[i] for model in (some, like)]

@@ -138,6 +138,19 @@ def test_blocks_are_given_back(server: Server) -> None:
         time.sleep(0.1)
 
 
+def test_a_plain_model(base: Path, tmp_path: Path) -> None:
+    """Where this plugin is installed and no AHN is asked for, the base is served."""
+    case = GOLDEN.case(100)
+    with serve(base, "--enforce-eager", *SMALL, log=tmp_path / "log", env=environment(tmp_path / "cache")) as server:
+        tokens = complete(server, case.prompt.tolist(), GENERATED)
+        log = server.log
+    assert "AHN" not in log
+    with torch.no_grad():
+        expected = from_folders(base).generate(case.prompt[None], GENERATED).tokens[0]
+    assert tokens == expected.tolist()
+    assert tokens != case.tokens.tolist()
+
+
 def test_merged_checkpoint_without_any_flag(base: Path, tmp_path: Path) -> None:
     """A BASE with the AHN in it is served with the AHN, at the default lengths."""
     merged = with_tokenizer(GOLDEN.base, tmp_path / "merged")

@@ -2,8 +2,8 @@
 
 import torch
 
-from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
+from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
 
 
 def specs(window: int, sinks: int, max_in_flight_tokens: int, block_size: int) -> tuple[AHNWindowSpec, AHNStateSpec]:

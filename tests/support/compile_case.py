@@ -1,6 +1,6 @@
 """One golden configuration through a compiled engine, in a process of its own.
 
-    python tests/support/compile_case.py NAME RESULT.json
+    python -m support.compile_case NAME RESULT.json
 
 RESULT.json gets, for every golden prompt, the tokens of the engine, once all prompts at once and once in
 chunks of 64 tokens at most, and how vLLM compiled.

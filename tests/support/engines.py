@@ -1,13 +1,19 @@
-"""Engines for tests: the real one, started in this process through the ways that users have."""
+"""Engines for tests: the real one, started in this process through the ways that users have.
+
+An engine costs under a second here. Most of the four seconds that vLLM would take for a tiny model goes to what one
+process need not do for each of many engines: see :func:`_without_collections` and :func:`_register_overrides_once`.
+"""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -28,14 +34,38 @@ def engine(base: Any, ahn: Any = None, **arguments: Any) -> Iterator[LLM]:
     """An engine over the model folder ``base``; ``ahn`` is what a user gives as ``additional_config["ahn"]``."""
     if ahn is not None:
         arguments["additional_config"] = {"ahn": ahn}
-    llm = LLM(model=str(base), **(DEFAULTS | arguments))
+    _register_overrides_once()
+    with _without_collections():
+        llm = LLM(model=str(base), **(DEFAULTS | arguments))
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        with _without_collections():
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
+        gc.freeze()
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Leave out vLLM's own collections of garbage.
+
+    Between one engine and the next there are nine of them, each over all that vLLM has imported. :func:`engine`
+    collects once, over what is new.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("collect", "freeze", "unfreeze"):
+            stack.enter_context(mock.patch.object(gc, name))
+        yield
+
+
+@functools.cache
+def _register_overrides_once() -> None:
+    """Let vLLM replace its Triton kernels by CPU functions for the first engine only: it looks through all modules."""
+    platform = type(current_platform)
+    register = functools.cache(platform.register_triton_kernel_overrides)
+    platform.register_triton_kernel_overrides = staticmethod(register)  # type: ignore[method-assign]
 
 
 def greedy(

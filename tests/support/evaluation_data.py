@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ahn.tools.evaluate.suites import LONGBENCH_SETS, LVEVAL_SETS
-
 ENGLISH = (
     "The grey harbour lies between two hills, and every morning the boats come back before the fog does. "
     "Nobody in the town remembers who built the tower, but its bell has never been late. "
@@ -77,7 +75,7 @@ LONGBENCH_CASES = {
 
 def write_data(folder: Path, lengths: Sequence[str] = ("128k",), repeat: int = 12) -> None:
     """Writes all data sets into `folder` as the hub has them; every context is one text `repeat` times."""
-    for name in LVEVAL_SETS:
+    for name in LVEVAL_RULES:
         rule = LVEVAL_RULES[name]
         context = (CHINESE if rule.endswith("zh") else ENGLISH) * repeat
         records = []
@@ -96,7 +94,7 @@ def write_data(folder: Path, lengths: Sequence[str] = ("128k",), repeat: int = 1
             ],
         )
     files = {}
-    for name in LONGBENCH_SETS:
+    for name in LONGBENCH_CASES:
         context = (CHINESE if name == "dureader" else ENGLISH) * repeat
         files[f"data/{name}.jsonl"] = [
             {"input": question(name, n), "context": context, "answers": answers}

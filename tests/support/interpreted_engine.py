@@ -125,7 +125,7 @@ def main() -> None:
 
     from support import flash_emulation
     from support.engines import engine, greedy, metric
-    from vllm_ahn.plugin import attention_backends, wanted
+    from vllm_ahn.plugin import limits
 
     job = json.load(sys.stdin)
     for name, value in job["constants"].items():
@@ -135,8 +135,8 @@ def main() -> None:
         setattr(owner, constant, value)
     if job["flash_version"]:
         flash_emulation.install(job["flash_version"])
-        wanted._has_flash_attention = lambda: True
-        attention_backends.FLASH_DTYPES += ("float32",)
+        limits.has_flash_attention = lambda: True
+        limits.FLASH_DTYPES += ("float32",)
         job["arguments"]["attention_backend"] = "FLASH_ATTN"
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
         workers = llm.collective_rpc(prepare, args=(job["warm_up"],))

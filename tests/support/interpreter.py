@@ -2,8 +2,8 @@
 
 ``install()`` has to be called before Triton's users (flash-linear-attention, vLLM) are imported, in a process that
 was started with ``TRITON_INTERPRET=1``: Triton reads that variable when a kernel is defined, also of the kernels in its
-own library. So tests that need the interpreter live in ``tests/interpreted``, and ``test_interpreted.py`` runs them in
-processes of their own.
+own library. So tests that need the interpreter live in ``tests/kernels/interpreted``, and
+``tests/kernels/test_interpreted.py`` runs them in processes of their own.
 """
 
 import importlib

@@ -80,7 +80,7 @@ def main(folder: Path) -> None:
 
     def wrong(*args: Any, **kwargs: Any) -> None:
         right(*args, **kwargs)
-        args[9].mul_(1.001)
+        args[7].mul_(1.001)
 
     layer.decode_memory = wrong
     run.benchmark(setting, ["decode", "write"], None, ["DeltaNet"], folder / "wrong.json")

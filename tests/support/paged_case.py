@@ -2,14 +2,14 @@
 
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_ahn.cache.page import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
 NUM_GATES = {"GatedDeltaNet": 2, "DeltaNet": 1, "Mamba2": 1}
-
 
 MAP_NORESERVE = 0x4000  # Linux; Python's mmap names it from 3.13 on
 
@@ -35,8 +35,16 @@ class Shape:
         return self.heads // self.kv_heads
 
     @property
+    def spec(self) -> MemorySpec:
+        return MEMORIES[self.memory]
+
+    @property
     def num_gates(self) -> int:
         return NUM_GATES[self.memory]
+
+    @property
+    def delta(self) -> bool:
+        return self.memory != "Mamba2"
 
     @property
     def scale(self) -> float:
@@ -49,6 +57,13 @@ class Shape:
     @property
     def state_layout(self) -> StatePageLayout:
         return StatePageLayout(self.heads, self.head_size, self.window_layout.page_bytes, self.state_dtype)
+
+
+class WithoutDelta(Shape):
+    """Of a memory that is not in the table: as GatedDeltaNet, but for the delta rule. Kernels know flags, no names."""
+
+    spec = replace(MEMORIES["GatedDeltaNet"], delta=False)
+    delta = False
 
 
 class PagedCase:
@@ -88,17 +103,19 @@ class PagedCase:
         self.state_table = torch.zeros(num_requests, state_pages + 2, dtype=torch.int32)
         self.state_table[:, :state_pages] = ids[:, per_request:]
 
-    def slots(self, request: int, positions: torch.Tensor) -> torch.Tensor:
-        """Slots of a request's tokens, int64."""
+    def slots(self, requests: int | torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Slots of tokens at positions of a request, or of as many requests, int64."""
         size = self.shape.block_size
-        return self.window_table[request, positions // size].long() * size + positions % size
+        return self.window_table[requests, positions // size].long() * size + positions % size
 
-    def put_token(self, request: int, position: int, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor) -> None:
-        """Write ``k``, ``v`` ``[Hkv, D]`` and ``gates [H, num_gates]`` with plain indexing."""
-        block, offset = divmod(int(self.slots(request, torch.tensor(position))), self.shape.block_size)
-        self.window.keys[block, :, offset] = k.to(self.shape.dtype)
-        self.window.values[block, :, offset] = v.to(self.shape.dtype)
-        self.window.gates[block, :, offset] = gates.reshape(self.shape.kv_heads, -1).to(self.shape.dtype)
+    def put_tokens(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor | None) -> None:
+        """Write ``k``, ``v`` ``[n, Hkv, D]`` and ``gates [n, H, num_gates]`` to ``slots [n]`` with plain indexing."""
+        blocks, offsets = slots // self.shape.block_size, slots % self.shape.block_size
+        self.window.keys[blocks, :, offsets] = k.to(self.shape.dtype)
+        self.window.values[blocks, :, offsets] = v.to(self.shape.dtype)
+        if gates is not None:
+            by_kv_head = gates.unflatten(1, (self.shape.kv_heads, self.shape.group)).flatten(2)
+            self.window.gates[blocks, :, offsets] = by_kv_head.to(self.shape.dtype)
 
     def put_state(self, request: int, state: torch.Tensor) -> None:
         """Write ``state [H, Dk, Dv]``."""

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,7 +65,7 @@ def child(arguments: list[str], out: Path, err: Path, started: Path) -> NoReturn
         else:
             code = leave.code or 0
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

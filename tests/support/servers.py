@@ -32,14 +32,14 @@ _LIBC = ctypes.CDLL(None)
 
 
 def program(name: str) -> str:
-    """The command ``name`` of the environment that runs the tests."""
+    """Return the command ``name`` of the environment that runs the tests."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     assert found is not None, f"there is no command {name}"
     return found
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
-    """What a process with an engine needs beside what ``conftest.py`` has set.
+    """Return what a process with an engine needs beside what ``conftest.py`` has set.
 
     ``cache`` is where it puts what it compiles, so that nothing compiled from other code is found there.
     """
@@ -66,13 +66,13 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def metric(self, name: str) -> float:
-        """The value of the metric ``name`` now."""
+        """Return the value of the metric ``name`` now."""
         match = re.search(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", self._metrics(), re.MULTILINE)
         assert match is not None, f"no metric {name}"
         return float(match[1])
 
     def cache_config(self) -> dict[str, str]:
-        """The labels of ``vllm:cache_config_info``."""
+        """Return the labels of ``vllm:cache_config_info``."""
         match = re.search(r"^vllm:cache_config_info{([^}]*)}", self._metrics(), re.MULTILINE)
         assert match is not None
         return dict(re.findall(r'(\w+)="([^"]*)"', match[1]))
@@ -88,8 +88,15 @@ def serve(model: Path, *arguments: str, log: Path, env: dict[str, str]) -> Itera
 
     Raises ``AssertionError`` with the end of the log if it does not come up.
     """
+    with start([program("vllm"), "serve", str(model), *arguments], log=log, env=env) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def start(command: list[str], *, log: Path, env: dict[str, str]) -> Iterator[Server]:
+    """`serve` for any command that starts a server and takes ``--host`` and ``--port``."""
     port = free_port()
-    command = [program("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, preexec_fn=_end_with_parent)
@@ -100,8 +107,8 @@ def serve(model: Path, *arguments: str, log: Path, env: dict[str, str]) -> Itera
         end(process)
 
 
-def run(command: list[str], *, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end; none of its processes is left, whatever happens."""
+def run(command: list[str], *, env: dict[str, str] | None = None, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; none of its processes is left, whatever happens."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -118,7 +125,7 @@ def run(command: list[str], *, env: dict[str, str], timeout: float) -> subproces
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """Ends a process and all that it has started, and waits until they are gone."""
+    """End a process and all that it has started, and wait until they are gone."""
     tree: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
@@ -135,7 +142,7 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 def free_port() -> int:
-    """A port on the loopback interface that nobody listens on."""
+    """Find a port on the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -45,6 +45,42 @@ def test_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line) <= 120 for line in tables)
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-3B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct"])
+def test_published_bases_need_neither_folder_nor_network(
+    name: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published, folder = answer(capsys, name), answer(capsys, model)
+    assert published["model"].pop("name") == name and folder["model"].pop("name") == model
+    assert published == folder
+
+
+def test_published_checkpoints_need_no_network(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "ByteDance-Seed/AHN-Mamba2-for-Qwen-2.5-Instruct-7B"
+    rows = answer(capsys, "Qwen/Qwen2.5-7B-Instruct", "--ahn", name)["lengths"][0]["vllm"]
+    assert rows[3] == answer(capsys, "Qwen2.5-7B", "--memory", "mamba2")["lengths"][0]["vllm"][3]
+    assert main(["cost", "Qwen2.5-3B", "--ahn", name]) == 1
+    expected = f"error: {name}: this AHN was made for another base than Qwen2.5-3B, expected Qwen/Qwen2.5-7B-Instruct\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_folder_wins_over_a_published_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "Qwen2.5-3B", QWEN2_5["3B"] | {"num_hidden_layers": 5})
+    monkeypatch.chdir(tmp_path)
+    assert answer(capsys, "Qwen2.5-3B")["model"]["layers"] == 5
+
+
+def test_a_state_in_bfloat16_takes_half(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = answer(capsys, "Qwen2.5-3B", "--memory", "gdn")
+    narrow = answer(capsys, "Qwen2.5-3B", "--memory", "gdn", "--mamba-ssm-cache-dtype", "bfloat16")
+    assert (wide["state_dtype"], narrow["state_dtype"]) == ("float32", "bfloat16")
+    states = [report["lengths"][0]["vllm"][-1]["parts_bytes"]["state"] for report in (wide, narrow)]
+    assert states == [36 * 16 * 128 * 128 * 4, 36 * 16 * 128 * 128 * 2]
+    assert main(["cost", "Qwen2.5-3B", "--mamba-ssm-cache-dtype", "bfloat16"]) == 0
+    assert "a state in the cache's dtype, here bfloat16, instead of bfloat16" in capsys.readouterr().out
+
+
 def test_text_of_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
     golden = GOLDEN / "base_qwen2"
     assert (

@@ -1,5 +1,6 @@
 """The real column of ``vllm-ahn cost`` is what engines report, and what their managers hand out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ GDN = CONFIGURATIONS["gdn_qwen2"]
 MEMORY = 40 << 30
 
 
-def engine_config(tmp_path: Path, size: str, memory: str | None, cache_dtype: str = "auto") -> VllmConfig:
+def engine_config(
+    tmp_path: Path, size: str, memory: str | None, cache_dtype: str = "auto", state_dtype: str = "auto"
+) -> VllmConfig:
     """An engine's configuration for the published shape and 128,000 tokens; no ``memory`` is the base."""
     ahn: dict[str, Any] = {}
     if memory == "none":
@@ -42,6 +45,7 @@ def engine_config(tmp_path: Path, size: str, memory: str | None, cache_dtype: st
         block_size=32,
         enforce_eager=True,
         kv_cache_dtype=cache_dtype,
+        mamba_ssm_cache_dtype=state_dtype,
         additional_config=ahn,
     ).create_engine_config()
     config.cache_config.kv_cache_layout = "LBHNC"
@@ -100,6 +104,18 @@ def test_engine_of_published_shape(size: str, memory: str, tmp_path: Path) -> No
         check(ahn_attention(shape(size), made, 128_000, ahn), what_the_engine_reports(config))
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_engine_with_states_in_bfloat16(memory: str, tmp_path: Path) -> None:
+    config = engine_config(tmp_path, "3B", memory, state_dtype="bfloat16")
+    ahn = AHNConfig.from_dict(config.additional_config["ahn"])
+    assert ahn.state_dtype == "bfloat16"
+    allocation = ahn_attention(shape("3B"), settings(config), 128_000, ahn)
+    check(allocation, what_the_engine_reports(config))
+    wide = ahn_attention(shape("3B"), settings(config), 128_000, dataclasses.replace(ahn, state_dtype="float32"))
+    assert wide.parts()["state"] == 2 * allocation.parts()["state"]
+    assert wide.held_blocks > allocation.held_blocks
+
+
 @pytest.mark.parametrize("cache_dtype", ["auto", FP8])
 @pytest.mark.parametrize("size", ["3B", "14B"])
 def test_base_of_published_shape(size: str, cache_dtype: str, tmp_path: Path) -> None:
@@ -134,6 +150,7 @@ def test_share_of_full_attention(size: str, memory: str) -> None:
     assert ahn.held_bytes < 0.57 * full_attention(shape(size), made, 128_000, FP8).held_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "block_size"),
     [({"checkpoint": str(GDN.ahn)}, 16), ({"checkpoint": str(GDN.ahn)}, 32), ({"checkpoint": "none"}, 16), (None, 32)],
@@ -191,6 +208,7 @@ def held_at_every_step(llm: LLM, prompt: int, tokens: int) -> list[tuple[int, in
     return seen
 
 
+@pytest.mark.slow
 def test_sequences_that_decode_at_a_time() -> None:
     """An engine with a pool for exactly three sequences, and one with a block less: three run at a time, and two."""
     model = find_model(str(GDN.base))

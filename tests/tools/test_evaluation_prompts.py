@@ -10,7 +10,7 @@ import pytest
 
 from support.evaluation_data import CHINESE, ENGLISH, question, write_data
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate import infinitebench, longbench, lveval
+from vllm_ahn.tools.evaluate import benchmarks
 from vllm_ahn.tools.evaluate.data import DATA_VARIABLE, DataFile, read_records
 from vllm_ahn.tools.evaluate.prompts import Cut, PromptSettings, doc_to_text, fit, load_tokenizer
 from vllm_ahn.tools.tiny import make_tiny
@@ -143,21 +143,21 @@ def test_the_tokenizer_may_be_another(base: str) -> None:
 def test_the_paper_s_settings(data: Path) -> None:
     metadata = {"pretrained": "model", "data_folder": str(data)}
     cases = [
-        (lveval, "cmrc_mixup_128k", 256_000, "middle", False),
-        (lveval, "factrecall_en_16k", 32_000, "middle", False),
-        (infinitebench, "longbook_qa_eng", 128_000, "left", False),
-        (longbench, "hotpotqa", 32_000, "left", True),
-        (longbench, "triviaqa", 32_000, "left", False),
+        ("ahn_lveval_cmrc_mixup_128k", 256_000, "middle", False),
+        ("ahn_lveval_factrecall_en_16k", 32_000, "middle", False),
+        ("ahn_infinitebench_longbook_qa_eng", 128_000, "left", False),
+        ("ahn_longbench_hotpotqa", 32_000, "left", True),
+        ("ahn_longbench_triviaqa", 32_000, "left", False),
     ]
-    for module, subset, limit, cut, chat in cases:
-        [first, *_] = module.load(subset, **metadata)["test"]
+    for subset, limit, cut, chat in cases:
+        [first, *_] = benchmarks.load(subset, **metadata)["test"]
         assert first["prompt_settings"] == vars(PromptSettings("model", limit, cut, chat)), subset
         assert first["answers"], subset
 
 
 def test_prompts(base: str, data: Path) -> None:
     metadata = {"pretrained": base, "data_folder": str(data)}
-    [first, *_] = lveval.load("factrecall_en_16k", **metadata)["test"]
+    [first, *_] = benchmarks.load("ahn_lveval_factrecall_en_16k", **metadata)["test"]
     assert doc_to_text(first) == (
         "Please answer the following questions based on the given article.\n\nArticle: "
         + ENGLISH * 2
@@ -165,7 +165,7 @@ def test_prompts(base: str, data: Path) -> None:
         + question("factrecall_en", 0)
         + "\nAnswer:"
     )
-    [first, *_] = longbench.load("dureader", **metadata)["test"]
+    [first, *_] = benchmarks.load("ahn_longbench_dureader", **metadata)["test"]
     assert doc_to_text(first) == (
         "<|im_start|>user\n请基于给定的文章回答下述问题。\n\n文章："
         + CHINESE * 2
@@ -175,12 +175,12 @@ def test_prompts(base: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "subset"),
-    [(lveval, "cmrc_mixup"), (lveval, "cmrc_mixup_17k"), (infinitebench, "passkey"), (longbench, "qasper")],
+    "subset",
+    ["ahn_lveval_cmrc_mixup", "ahn_lveval_cmrc_mixup_17k", "ahn_infinitebench_passkey", "ahn_longbench_qasper"],
 )
-def test_unknown_subsets(module: Any, subset: str) -> None:
+def test_unknown_subsets(subset: str) -> None:
     with pytest.raises(AHNError, match=f"subset is '{subset}', expected one of"):
-        module.load(subset, pretrained="x")
+        benchmarks.load(subset, pretrained="x")
 
 
 def test_unpacked_comes_before_packed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +205,8 @@ def test_the_hub(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    for module, subset in ((lveval, "lic_mixup_16k"), (infinitebench, "longbook_qa_chn"), (longbench, "qmsum")):
-        assert len(module.load(subset, pretrained="x")["test"]) > 0
+    for subset in ("ahn_lveval_lic_mixup_16k", "ahn_infinitebench_longbook_qa_chn", "ahn_longbench_qmsum"):
+        assert len(benchmarks.load(subset, pretrained="x")["test"]) > 0
     assert asked == [
         ("Infinigence/LVEval", "lic_mixup.zip", "dataset"),
         ("xinrongzhang2022/InfiniteBench", "longbook_qa_chn.jsonl", "dataset"),
@@ -258,4 +258,4 @@ def test_bad_archives(tmp_path: Path) -> None:
 
 def test_data_folder_is_a_text() -> None:
     with pytest.raises(AHNError, match="data_folder is 3, expected the path of a folder"):
-        longbench.load("qmsum", pretrained="x", data_folder=3)
+        benchmarks.load("ahn_longbench_qmsum", pretrained="x", data_folder=3)

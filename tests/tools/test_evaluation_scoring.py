@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate import infinitebench, longbench, lveval, packages, scoring
+from vllm_ahn.tools.evaluate import benchmarks, packages, scoring
 
 
 def test_english_words() -> None:
@@ -74,39 +74,39 @@ def test_chinese_rouge_l() -> None:
 )
 def test_english_keywords_at_the_threshold(said: str, score: float) -> None:
     answer = "one two three four six"
-    assert lveval.keywords_f1_en(said, answer, "one two three four five") == pytest.approx(score)
+    assert scoring.keywords_f1_en(said, answer, "one two three four five") == pytest.approx(score)
 
 
 def test_english_keywords_below_the_threshold() -> None:
-    assert lveval.keywords_f1_en("one", "one", "one 2 3 4 5 6") == 0
-    assert lveval.keywords_f1_en("one", "one", "") == 1
-    assert lveval.keywords_f1_en("of", "of", "of") == 0, "a blacklisted keyword cannot be found"
+    assert scoring.keywords_f1_en("one", "one", "one 2 3 4 5 6") == 0
+    assert scoring.keywords_f1_en("one", "one", "") == 1
+    assert scoring.keywords_f1_en("of", "of", "of") == 0, "a blacklisted keyword cannot be found"
 
 
 def test_chinese_keywords_at_the_threshold() -> None:
     # 苹果 香蕉 are 2 of 5 keywords, 0.4, enough; one of them is not.
     keywords = "苹果 香蕉 北京大学 曹雪芹 红楼梦"
-    assert lveval.keywords_f1_zh("苹果 香蕉", "苹果 香蕉", keywords) == 1
-    assert lveval.keywords_f1_zh("苹果", "苹果", keywords) == 0
-    assert lveval.keywords_f1_zh("的", "的", "") == 0, "without keywords the answer's words are them"
+    assert scoring.keywords_f1_zh("苹果 香蕉", "苹果 香蕉", keywords) == 1
+    assert scoring.keywords_f1_zh("苹果", "苹果", keywords) == 0
+    assert scoring.keywords_f1_zh("的", "的", "") == 0, "without keywords the answer's words are them"
 
 
 def test_chinese_rouge_without_the_blacklist() -> None:
-    assert lveval.rouge_zh("曹雪芹的红楼梦", "红楼梦是曹雪芹", "") == pytest.approx(0.5, abs=1e-7)
-    assert lveval.rouge_zh("是的", "是的", "") == 0
+    assert scoring.rouge_zh("曹雪芹的红楼梦", "红楼梦是曹雪芹", "") == pytest.approx(0.5, abs=1e-7)
+    assert scoring.rouge_zh("是的", "是的", "") == 0
 
 
 def test_lveval_scores_the_first_answer() -> None:
-    doc = {"subset": "hotpotwikiqa_mixup_16k", "answers": ["tower", "bell"], "keywords": ""}
-    assert lveval.process_results(doc, ["the bell"]) == {"score": 0}
-    assert lveval.process_results(doc, ["the tower"]) == {"score": 1}
+    doc = {"subset": "ahn_lveval_hotpotwikiqa_mixup_16k", "answers": ["tower", "bell"], "keywords": ""}
+    assert benchmarks.process_results(doc, ["the bell"]) == {"score": 0}
+    assert benchmarks.process_results(doc, ["the tower"]) == {"score": 1}
 
 
 def test_other_benchmarks_score_the_best_answer() -> None:
-    doc = {"subset": "hotpotqa", "answers": ["tower", "bell"]}
-    assert longbench.process_results(doc, ["the bell"]) == {"score": 1}
-    doc = {"subset": "longbook_qa_eng", "answers": ["tower", "bell"]}
-    assert infinitebench.process_results(doc, ["bell"])["score"] == pytest.approx(1)
+    doc = {"subset": "ahn_longbench_hotpotqa", "answers": ["tower", "bell"], "keywords": ""}
+    assert benchmarks.process_results(doc, ["the bell"]) == {"score": 1}
+    doc = {"subset": "ahn_infinitebench_longbook_qa_eng", "answers": ["tower", "bell"], "keywords": ""}
+    assert benchmarks.process_results(doc, ["bell"])["score"] == pytest.approx(1)
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""The task in ``examples/lm_eval_task`` by the real ``lm_eval`` command, against the reference."""
+"""The task in ``examples/lm_eval_task`` by lm-eval, once by its real command, against the reference."""
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.vllm_causallms import VLLM
+from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from support.paths import EXAMPLES
 from support.servers import environment, program, run
@@ -20,6 +25,7 @@ TASK = "ahn_stories"
 TASKS = EXAMPLES / "lm_eval_task"
 STORIES = len((TASKS / "stories.jsonl").read_text(encoding="utf-8").splitlines())
 WINDOW, SINKS = 32, 4
+ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 128 << 20, "enforce_eager": True}
 TOLERANCE = 2e-3
 """Of a sum of some ten logprobs, float32."""
 
@@ -31,13 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPaths:
 
 def evaluate(tiny: TinyPaths, ahn: Any, folder: Path) -> tuple[str, list[dict[str, Any]]]:
     """Runs the task; returns what the command printed and its samples."""
-    model = {
-        "pretrained": str(tiny.base),
-        "additional_config": {"ahn": ahn},
-        "dtype": "float32",
-        "kv_cache_memory_bytes": 128 << 20,
-        "enforce_eager": True,
-    }
+    model = {**ENGINE, "pretrained": str(tiny.base), "additional_config": {"ahn": ahn}}
     command = [program("lm_eval"), "--model", "vllm", "--model_args", json.dumps(model)]
     command += ["--include_path", str(TASKS), "--tasks", TASK]
     command += ["--output_path", str(folder), "--log_samples"]
@@ -76,6 +76,7 @@ def expected(model: ReferenceModel, base: Path, samples: list[dict[str, Any]]) -
     return torch.tensor(rows)
 
 
+@pytest.mark.slow
 def test_task_with_a_small_window(tiny: TinyPaths, tmp_path: Path) -> None:
     """Stories are longer than the window: lm-eval's figures are those of the memory."""
     assert tiny.ahn is not None
@@ -94,10 +95,24 @@ def test_task_with_a_small_window(tiny: TinyPaths, tmp_path: Path) -> None:
     assert table_value(printed, "acc") == pytest.approx(accuracy, abs=1e-4)
 
 
-def test_task_with_a_checkpoint_and_nothing_else(tiny: TinyPaths, tmp_path: Path) -> None:
+def test_task_with_a_checkpoint_and_nothing_else(tiny: TinyPaths) -> None:
     """``{"ahn": CKPT}``: the default window, in which every story fits."""
-    printed, samples = evaluate(tiny, str(tiny.ahn), tmp_path)
-    assert f"AHN: GatedDeltaNet from {tiny.ahn}, window 32640, sinks 128" in printed
+    lm = VLLM(pretrained=str(tiny.base), **{**ENGINE, "additional_config": {"ahn": str(tiny.ahn)}})
+    try:
+        served = lm.model.llm_engine.vllm_config.additional_config["ahn"]
+        assert (served["window"], served["sinks"]) == (32640, 128)
+        tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
+        results = simple_evaluate(lm, tasks=[TASK], task_manager=tasks, bootstrap_iters=0)
+        assert results is not None
+    finally:
+        del lm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    samples = [
+        sample | {"arguments": {n: {"arg_0": context, "arg_1": answer} for n, (context, answer) in enumerate(pairs)}}
+        for sample in results["samples"][TASK]
+        if (pairs := sample["arguments"])
+    ]
     base = expected(from_folders(tiny.base), tiny.base, samples)
     assert (loglikelihoods(samples) - base).abs().max() <= TOLERANCE
-    assert 0 <= table_value(printed, "acc_norm") <= 1
+    assert 0 <= results["results"][TASK]["acc_norm,none"] <= 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from support.evaluating import FLAGS, InProcess
 from support.evaluation_data import CHINESE, ENGLISH
 from vllm_ahn.reference import from_folders
 from vllm_ahn.tools.cli import main
-from vllm_ahn.tools.evaluate.perplexity import Stretch, cut_text, longest_book
-from vllm_ahn.tools.evaluate.positions import Bucket, bucketed, even_edges, token_bytes
+from vllm_ahn.tools.evaluate.perplexity import bucketed, even_edges
+from vllm_ahn.tools.evaluate.texts import Stretch, cut_text, longest_book, token_bytes
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
 WINDOW, SINKS, CONTEXT = 48, 16, 200
@@ -30,17 +32,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPaths:
     return make_tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=128)
 
 
-def test_against_other_implementations(tiny: TinyPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcess]:
+    with contextlib.closing(InProcess(monkeypatch)) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_against_other_implementations(tiny: TinyPaths, in_process: InProcess, tmp_path: Path) -> None:
     """Four methods in chunks of 32 tokens: full attention, window and AHN as in the reference, YaRN as in
     Transformers; only full attention's cache grows."""
-    in_process = InProcess(monkeypatch)
     text, report, plot = tmp_path / "text.txt", tmp_path / "report.json", tmp_path / "plot.png"
     text.write_text(TEXT, encoding="utf-8")
     lengths = [f"--window={WINDOW}", f"--sinks={SINKS}", f"--context={CONTEXT}", f"--text={text}", "--limit=3"]
     methods = [f"--ahn={tiny.ahn}", "--ahn=none", "--baselines=full,yarn"]
     assert main(["perplexity", str(tiny.base), *lengths, *methods, f"--json={report}", f"--plot={plot}", *FLAGS]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert {job.engine["max_num_batched_tokens"] for job in in_process.jobs} == {32}
+    assert {row.engine["max_num_batched_tokens"] for row in in_process.rows} == {32}
     rows = json.loads(report.read_text())["suites"][0]["rows"]
     assert [row["method"] for row in rows] == ["full", "yarn", "window", str(tiny.ahn)]
 
@@ -55,10 +63,10 @@ def test_against_other_implementations(tiny: TinyPaths, tmp_path: Path, monkeypa
     beyond = []
     for row, model in zip(rows, models, strict=True):
         measured = row["perplexity"]
-        for name, edges in (("inside", (1, 65)), ("beyond", (65, CONTEXT)), ("all", (1, CONTEXT))):
+        for name, edges in (("within_window", (1, 65)), ("beyond_window", (65, CONTEXT)), ("all", (1, CONTEXT))):
             assert_rates(measured[name], [expected(model, stretch) for stretch in stretches], stretches, *edges)
         assert sum(bucket["tokens"] for bucket in measured["buckets"]) == measured["all"]["tokens"] == 3 * (CONTEXT - 1)
-        beyond.append(measured["beyond"]["perplexity"])
+        beyond.append(measured["beyond_window"]["perplexity"])
     assert len({round(value) for value in beyond}) == 4, "the methods cannot be told from each other"
     block = {"full": 49_152, "yarn": 49_152, "window": 49_152, str(tiny.ahn): 52_224}  # 3 layers, 2 heads, 32 tokens
     for row in rows:
@@ -103,11 +111,11 @@ def test_buckets() -> None:
     assert even_edges(10, 3) == [1, 4, 7, 10] and even_edges(4, 32) == [1, 2, 3, 4] and even_edges(9, 3) == [1, 4, 7, 9]
     logprobs, sizes = [-math.log(2), -math.log(8), -math.log(4)], [9, 1, 3, 2]
     first, second = bucketed([(logprobs, sizes), (logprobs[:1], sizes[:2])], [1, 2, 4])
-    assert (first.tokens, first.bytes, first.perplexity) == (2, 2, pytest.approx(2))
-    assert (second.tokens, second.bytes) == (2, 5)
-    assert second.perplexity == pytest.approx(math.sqrt(32)) and second.bits_per_byte == pytest.approx(1)
-    assert Bucket(1, 2).perplexity is None and Bucket(1, 2).bits_per_byte is None
-    assert [bucket.tokens for bucket in bucketed([(logprobs, sizes)], [2, 3])] == [1]
+    assert (first["tokens"], first["bytes"], first["perplexity"]) == (2, 2, pytest.approx(2))
+    assert (second["start"], second["end"], second["tokens"], second["bytes"]) == (2, 4, 2, 5)
+    assert second["perplexity"] == pytest.approx(math.sqrt(32)) and second["bits_per_byte"] == pytest.approx(1)
+    [inner, none] = bucketed([(logprobs, sizes)], [2, 3, 3])
+    assert inner["tokens"] == 1 and (none["tokens"], none["perplexity"], none["bits_per_byte"]) == (0, None, None)
 
 
 def test_bytes_of_tokens(tiny: TinyPaths) -> None:

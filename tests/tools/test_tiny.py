@@ -1,6 +1,5 @@
 """`make_tiny`: checkpoints that transformers and the validator take, the same ones for the same arguments."""
 
-import argparse
 import hashlib
 import json
 import pathlib
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from support.paths import GOLDEN
 from vllm_ahn.checkpoint import looks_merged, resolve
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools import tiny
+from vllm_ahn.tools.cli import main
 from vllm_ahn.tools.tiny import make_tiny
 
 SMALL: dict[str, Any] = {"layers": 2, "hidden": 32, "intermediate": 48, "heads": 4, "vocab": 300}
@@ -185,7 +184,7 @@ def test_values_are_sensible(tmp_path: pathlib.Path) -> None:
         ({"layers": 0}, "num_hidden_layers is 0, expected a positive whole number"),
         ({"heads": 3}, "num_attention_heads is 3, expected a multiple of num_key_value_heads, 2"),
         ({"hidden": 36}, "head_dim is 9, expected an even number"),
-        ({"head_dim": 16}, "head_dim is 16, expected hidden / heads for Qwen2, 8"),
+        ({"head_dim": 16}, "head_dim is 16, expected hidden / heads for qwen2, 8"),
         ({"memory": "DeltaNet", "use_q_proj": True}, "use_q_proj is true, expected false for DeltaNet"),
         ({"fa_layer_ids": "5"}, "fa_layer_ids is '5', expected layer numbers from 0 to 1"),
         ({"shards": 0}, "shards is 0, expected at least 1"),
@@ -211,9 +210,7 @@ def test_never_overwrites_what_it_did_not_make(config: str | None, tmp_path: pat
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    tiny.add_arguments(parser)
-    return tiny.run(parser.parse_args(arguments))
+    return main(["make-tiny", *arguments])
 
 
 def test_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,4 +224,7 @@ def test_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"vllm serve {tmp_path / 'c' / 'merged'} --ahn-window" in capsys.readouterr().out
     assert run(str(tmp_path / "d"), "--vocab", "3") == 1
     output = capsys.readouterr()
-    assert output.out == "" and output.err.startswith("make-tiny: vocab is 3, expected") and output.err.count("\n") == 1
+    assert output.out == "" and output.err == "error: make-tiny: vocab is 3, expected at least 259 tokens\n"
+    (tmp_path / "file").touch()
+    assert run(str(tmp_path / "file")) == 1
+    assert capsys.readouterr().err.startswith("error: make-tiny: [Errno 20] Not a directory")

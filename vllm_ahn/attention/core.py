@@ -7,9 +7,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.config import AHNConfig
+from vllm_ahn.kernels.pages import StatePages, WindowPages
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
 

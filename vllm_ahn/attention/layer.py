@@ -17,9 +17,9 @@ from vllm_ahn.attention.choose import choose_core
 from vllm_ahn.attention.op import ahn_attention, encode_layer_name
 from vllm_ahn.attention.warm_up import warm_up_once
 from vllm_ahn.cache.layer import LayerSizes, layer_specs, state_layout, window_layout
-from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
+from vllm_ahn.kernels.pages import StatePages, WindowPages
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
 

@@ -8,8 +8,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
+from vllm_ahn.plugin.compat import register_own_specs
 
-# The registry adds vLLM's own specs when it is first asked and still empty: ours must not come first.
-KVCacheSpecRegistry._ensure_registered()
+register_own_specs()
 KVCacheSpecRegistry.register(AHNWindowSpec, AHNWindowManager)
 KVCacheSpecRegistry.register(AHNStateSpec, AHNStateManager)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from vllm.config import VllmConfig
 
-from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
 from vllm_ahn.config import AHNConfig
+from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
 from vllm_ahn.memory.spec import MEMORIES
 
 

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_ahn.cache.page import StatePageLayout, WindowPageLayout
+from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
 
 
 class _OwnGroup(AttentionSpec):

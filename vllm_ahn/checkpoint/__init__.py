@@ -2,6 +2,6 @@
 
 from vllm_ahn.checkpoint.check import Checkpoint, read_checkpoint
 from vllm_ahn.checkpoint.find import local_folder
-from vllm_ahn.checkpoint.request import LOAD_FORMATS, looks_merged, resolve
+from vllm_ahn.checkpoint.request import looks_merged, resolve
 
-__all__ = ["LOAD_FORMATS", "Checkpoint", "local_folder", "looks_merged", "read_checkpoint", "resolve"]
+__all__ = ["Checkpoint", "local_folder", "looks_merged", "read_checkpoint", "resolve"]

@@ -28,16 +28,27 @@ class Checkpoint:
     merged: bool
 
 
-def read_checkpoint(folder: pathlib.Path, label: str, *, weights: bool = True) -> Checkpoint:
-    """Reads and checks the AHN in `folder` by itself, its tensors against its own ``config.json``.
+def read_checkpoint(
+    folder: pathlib.Path, label: str, *, base: tuple[str, BaseShape] | None = None, weights: bool = True
+) -> Checkpoint:
+    """Read the AHN in `folder` and check its tensors against its own ``config.json``.
 
-    Whether it fits a given base is for the caller to compare, by `Checkpoint.shape`. `label` names the folder
-    in errors. Raises `AHNError` for a bad configuration, for damaged files, and for missing, surplus,
-    misshapen, not floating or not finite tensors. Without `weights` only the configuration is read.
+    Args:
+        folder: where the checkpoint is.
+        label: what errors call `folder`.
+        base: name and shape of the base that it must have been made for; None: any.
+        weights: whether the tensors are looked at; False reads ``config.json`` only.
+
+    Raises:
+        AHNError: a bad configuration, damaged files, or tensors that are missing, surplus, misshapen, not floating or
+            not finite.
     """
     config = read_config(folder, label)
     memory = read_memory(config, f"{label}/config.json")
     shape = BaseShape.from_config(config, f"{label}/config.json")
+    if base is not None:
+        # Before the tensors: with another base's AHN every one of them differs, and the config says best why.
+        _check_fit(shape, *base, label)
     options = read_options(config, shape, f"{label}/config.json")
     if not weights:
         return Checkpoint(folder, memory, options, shape, {}, merged=False)
@@ -52,6 +63,13 @@ def read_checkpoint(folder: pathlib.Path, label: str, *, weights: bool = True) -
     _check_types(headers, memory, shape, options, label)
     check_finite(headers, label)
     return Checkpoint(folder, memory, options, shape, headers, merged)
+
+
+def _check_fit(shape: BaseShape, base: str, expected: BaseShape, label: str) -> None:
+    ours, theirs = dataclasses.asdict(shape), dataclasses.asdict(expected)
+    different = [f"{name} is {ours[name]}, expected {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    if different:
+        raise AHNError(f"{label}/config.json: this AHN was made for another base than {base}: {', '.join(different)}")
 
 
 def _check_names(
@@ -77,7 +95,7 @@ def _check_names(
 
 
 def _others(names: list[str]) -> str:
-    return f" ({len(names)} such, this the first)" if len(names) > 1 else ""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _check_types(

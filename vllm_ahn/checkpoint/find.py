@@ -1,5 +1,4 @@
-"""Turns the name of a checkpoint, ``FOLDER``, ``REPOSITORY`` or ``REPOSITORY@REVISION``, into a folder on
-this machine."""
+"""Turns the name of a checkpoint, ``FOLDER``, ``REPOSITORY`` or ``REPOSITORY@REVISION``, into a folder here."""
 
 from __future__ import annotations
 
@@ -7,13 +6,13 @@ import pathlib
 import re
 
 from vllm_ahn.checkpoint.read import INDEX_NAME
-from vllm_ahn.errors import AHNError
+from vllm_ahn.errors import AHNError, first_line
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """``"repo@rev"`` -> ``("repo", "rev")``, anything else and every existing folder -> ``(name, None)``.
+    """Split ``"repo@rev"`` into ``("repo", "rev")``; anything else and every existing folder is ``(name, None)``.
 
     Raises `AHNError` for an empty revision and for the revision of a folder, which has none.
     """
@@ -30,7 +29,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def local_folder(name: str, revision: str | None, weights: bool = True) -> pathlib.Path:
-    """The folder that holds checkpoint `name`: itself, or what the hub's client keeps of the repository.
+    """Return the folder that holds checkpoint `name`: itself, or what the hub's client keeps of the repository.
 
     Of a repository only ``config.json`` and, if `weights`, the safetensors files and their index are
     downloaded. Raises `AHNError` if there is neither a folder nor a repository of that name, or if the hub
@@ -63,6 +62,5 @@ def _download(name: str, revision: str | None, files: list[str]) -> pathlib.Path
     except errors.HFValidationError:
         problem = "no such folder, and no name that a hub repository can have"
     except Exception as error:  # whatever else the network, the disk or the hub's client comes up with
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        problem = f"no such folder, and fetching it as a hub repository failed ({reason})"
+        problem = f"no such folder, and fetching it as a hub repository failed ({first_line(error)})"
     raise AHNError(f"{label}: {problem}")

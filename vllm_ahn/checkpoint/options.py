@@ -7,17 +7,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_ahn.bases import BASES
 from vllm_ahn.checkpoint.tensors import AHNOptions, BaseShape
+from vllm_ahn.config import check_q_proj
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import MEMORIES
 
-LAYER_IMPLEMENTATIONS = {"Qwen2MemDecoderLayer": "qwen2", "Qwen3MemDecoderLayer": "qwen3"}
-"""``_layer_implementation`` of a checkpoint -> ``model_type`` of the bases that have this layer."""
-
 
 def read_config(folder: pathlib.Path, label: str) -> dict[str, Any]:
-    """The ``config.json`` in `folder`. Raises `AHNError`, with `label` for the folder, if there is none to be
-    read."""
+    """Read the ``config.json`` in `folder`. Raises `AHNError`, with `label` for the folder, if it cannot be read."""
     path = folder / "config.json"
     if not path.exists():
         raise AHNError(f"{label}: no config.json in it, expected the folder or repository of a checkpoint")
@@ -25,7 +23,7 @@ def read_config(folder: pathlib.Path, label: str) -> dict[str, Any]:
 
 
 def read_config_file(path: pathlib.Path, label: str) -> dict[str, Any]:
-    """The configuration in the file `path`. Raises `AHNError`, with `label` for the file, if it is none."""
+    """Read the configuration in the file `path`. Raises `AHNError`, with `label` for the file, if it is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -36,8 +34,9 @@ def read_config_file(path: pathlib.Path, label: str) -> dict[str, Any]:
 
 
 def read_memory(config: Mapping[str, Any], label: str) -> str:
-    """``_ahn_implementation``, one of `MEMORIES`. Raises `AHNError` for any other and for a layer of another
-    model.
+    """Read ``_ahn_implementation``, one of `MEMORIES`.
+
+    Raises `AHNError` for any other, and where ``_layer_implementation`` is of another base.
 
     ``sliding_window``, ``num_attn_sinks`` and ``dy_*`` are what a checkpoint was trained with, and
     ``sliding_window`` a leftover even of that (256 in the published ones): nobody serves with these, so
@@ -51,32 +50,28 @@ def read_memory(config: Mapping[str, Any], label: str) -> str:
         raise AHNError(f"{label}: _ahn_implementation is {memory!r}, {expected}")
     layer = config.get("_layer_implementation")
     if layer is not None:
-        if layer not in LAYER_IMPLEMENTATIONS:
-            known = ", ".join(LAYER_IMPLEMENTATIONS)
+        base = next((base for base in BASES if base.layer_implementation == layer), None)
+        if base is None:
+            known = ", ".join(base.layer_implementation for base in BASES)
             raise AHNError(f"{label}: _layer_implementation is {layer!r}, expected one of {known}")
-        if LAYER_IMPLEMENTATIONS[layer] != config.get("model_type"):
+        if base.model_type != config.get("model_type"):
             raise AHNError(
                 f"{label}: _layer_implementation is {layer}, but model_type is {config.get('model_type')!r}, "
-                f"expected {LAYER_IMPLEMENTATIONS[layer]!r}"
+                f"expected {base.model_type!r}"
             )
     return str(memory)
 
 
 def read_options(config: Mapping[str, Any], shape: BaseShape, label: str) -> AHNOptions:
-    """``use_q_proj``, ``use_ahn_router`` and ``fa_layer_ids``, each off if absent. Raises `AHNError` for what
-    is none."""
+    """Read ``use_q_proj``, ``use_ahn_router`` and ``fa_layer_ids``, each off if absent; `AHNError` for what is none."""
     flags = {}
     for key in ("use_q_proj", "use_ahn_router"):
         value = config.get(key)
         if value is not None and not isinstance(value, bool):
             raise AHNError(f"{label}: {key} is {value!r}, expected true or false")
         flags[key] = bool(value)
-    memory = MEMORIES.get(config.get("_ahn_implementation", ""))
-    if flags["use_q_proj"] and not (memory and memory.own_query):
-        known = ", ".join(known.name for known in MEMORIES.values() if known.own_query)
-        raise AHNError(
-            f"{label}: use_q_proj is true, expected false for {config.get('_ahn_implementation')}: only {known} has it"
-        )
+    if flags["use_q_proj"]:
+        check_q_proj(config.get("_ahn_implementation"), label)
     layers = _layer_numbers(config.get("fa_layer_ids"), shape.num_hidden_layers, label)
     return AHNOptions(flags["use_q_proj"], flags["use_ahn_router"], layers)
 

@@ -1,26 +1,21 @@
-"""Reads names, types and shapes from the first bytes of safetensors files, and values only where asked to.
-
-The format (https://github.com/huggingface/safetensors): 8 bytes, little endian, the length n of the header; n
-bytes of JSON, ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``; then the data, which offsets
-count from its start.
-"""
+"""Reads names, types and shapes from safetensors files, and values only where asked to."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
-import struct
 from collections.abc import Iterable
 
-from vllm_ahn.errors import AHNError
+from safetensors import SafetensorError, safe_open
+
+from vllm_ahn.errors import AHNError, first_line
 
 INDEX_NAME = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-_ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_GIT_LFS = b"version "
+"""The first bytes of the pointer that git-lfs puts in a large file's place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +28,9 @@ class TensorHeader:
 
 
 def weight_files(folder: pathlib.Path, label: str) -> list[pathlib.Path]:
-    """The safetensors files of a checkpoint in `folder`: those its index names, else all of them; maybe none.
+    """Return the safetensors files of a checkpoint in `folder`: those its index names, else all of them; maybe none.
 
-    Raises `AHNError`, with `label` for the folder, if the index is no index or names a file that is not
-    there.
+    Raises `AHNError`, with `label` for the folder, if the index is no index or names a file that is not there.
     """
     index = folder / INDEX_NAME
     if not index.is_file():
@@ -55,8 +49,11 @@ def weight_files(folder: pathlib.Path, label: str) -> list[pathlib.Path]:
 
 
 def read_headers(files: Iterable[pathlib.Path], label: str) -> dict[str, TensorHeader]:
-    """Name -> header of every tensor in `files`. Raises `AHNError` for a damaged file and for a tensor met
-    twice."""
+    """Return name -> header of every tensor in `files`.
+
+    Raises:
+        AHNError: a file is damaged or something else, or a tensor is in two of them; `label` names their folder.
+    """
     headers: dict[str, TensorHeader] = {}
     for file in files:
         for name, header in _read_header(file, f"{label}/{file.name}").items():
@@ -66,11 +63,26 @@ def read_headers(files: Iterable[pathlib.Path], label: str) -> dict[str, TensorH
     return headers
 
 
+def _read_header(file: pathlib.Path, label: str) -> dict[str, TensorHeader]:
+    try:
+        with file.open("rb") as stream:
+            if stream.read(len(_GIT_LFS)) == _GIT_LFS:
+                raise AHNError(
+                    f"{label}: a git-lfs pointer and not the file itself, expected safetensors (git lfs pull)"
+                )
+        with safe_open(file, framework="numpy") as tensors:  # which allocates nothing for what is not read
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {name: TensorHeader(s.get_dtype(), tuple(s.get_shape()), file) for name, s in slices.items()}
+    except OSError as error:
+        raise AHNError(f"{label}: cannot be read ({first_line(error)})") from None
+    except SafetensorError as error:
+        # Half a file is the common case, an interrupted copy.
+        raise AHNError(f"{label}: truncated, corrupt or no safetensors file ({first_line(error)})") from None
+
+
 def check_finite(headers: dict[str, TensorHeader], label: str) -> None:
-    """Reads the values of the tensors in `headers`, one tensor at a time; raises `AHNError` at the first NaN
-    or inf."""
+    """Read the values of the tensors in `headers`, one at a time, and raise `AHNError` at the first NaN or inf."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
     by_file: dict[pathlib.Path, list[str]] = {}
     for name, header in headers.items():
@@ -84,66 +96,4 @@ def check_finite(headers: dict[str, TensorHeader], label: str) -> None:
                         what = "NaN" if bool(torch.isnan(values).any()) else "an infinite value"
                         raise AHNError(f"{label}/{file.name}: {name} holds {what}, expected finite numbers")
         except (SafetensorError, OSError) as error:
-            raise AHNError(f"{label}/{file.name}: cannot be read as safetensors ({_one_line(error)})") from None
-
-
-def _read_header(file: pathlib.Path, label: str) -> dict[str, TensorHeader]:
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            first = stream.read(8)
-            if first == b"version ":  # a pointer that git-lfs puts in a large file's place
-                raise AHNError(
-                    f"{label}: a git-lfs pointer and not the file itself, expected safetensors (git lfs pull)"
-                )
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-            # Half a file is the common case (an interrupted copy), and the header says how much should be
-            # there.
-            if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-                raise AHNError(f"{label}: truncated or no safetensors file: {size:,} bytes, with no whole header")
-            entries = json.loads(stream.read(length))
-    except OSError as error:
-        raise AHNError(f"{label}: cannot be read ({_one_line(error)})") from None
-    except ValueError as error:
-        if isinstance(error, AHNError):
-            raise
-        raise AHNError(f"{label}: corrupt safetensors file, its header is not JSON") from None
-    try:
-        return _parse(entries, file, label, data_bytes=size - 8 - length)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, AHNError):
-            raise
-        raise AHNError(f"{label}: corrupt safetensors file, its header lacks dtype, shape or data_offsets") from None
-
-
-def _parse(entries: object, file: pathlib.Path, label: str, data_bytes: int) -> dict[str, TensorHeader]:
-    if not isinstance(entries, dict):
-        raise TypeError
-    headers: dict[str, TensorHeader] = {}
-    end_of_data = 0
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        dtype = str(entry["dtype"])
-        shape = tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
-        wanted = math.prod(shape) * _ELEMENT_BYTES[dtype] if dtype in _ELEMENT_BYTES else end - begin
-        if begin < 0 or end - begin != wanted:
-            raise AHNError(
-                f"{label}: corrupt safetensors file, {name} has {end - begin:,} bytes, "
-                f"expected {wanted:,} for {dtype} {list(shape)}"
-            )
-        end_of_data = max(end_of_data, end)
-        headers[name] = TensorHeader(dtype, shape, file)
-    if data_bytes != end_of_data:
-        state = "truncated" if data_bytes < end_of_data else "corrupt"
-        raise AHNError(
-            f"{label}: {state} safetensors file, with {data_bytes:,} bytes of tensors, "
-            f"expected {end_of_data:,} by its header"
-        )
-    return headers
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+            raise AHNError(f"{label}/{file.name}: cannot be read as safetensors ({first_line(error)})") from None

@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from vllm_ahn import published
+from vllm_ahn.bases import base_of_type
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import MEMORIES
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
-_HEAD_DIMS = {"qwen3": 128}  # what a config means that does not say, unless it means hidden / heads
 _MISSING = object()
 
 
@@ -30,8 +31,7 @@ class BaseShape:
 
     @classmethod
     def from_config(cls, hf_config: Any, label: str = "config.json") -> BaseShape:
-        """Reads a ``config.json`` (a mapping) or a Hugging Face config (an object); `label` names it in
-        errors.
+        """Read a ``config.json`` (a mapping) or a Hugging Face config (an object); `label` names it in errors.
 
         Without a ``head_dim`` the head size is hidden / heads (Qwen2) or Qwen3's 128. Raises `AHNError` for a
         field that is missing, is no positive whole number, or does not divide as attention needs.
@@ -49,8 +49,8 @@ class BaseShape:
             )
         if _field(hf_config, "head_dim") not in (None, _MISSING):
             head_dim = positive_field(hf_config, "head_dim", label)
-        elif model_type in _HEAD_DIMS:
-            head_dim = _HEAD_DIMS[model_type]
+        elif (base := base_of_type(model_type)) is not None and base.default_head_dim is not None:
+            head_dim = base.default_head_dim
         elif hidden % heads:
             raise AHNError(f"{label}: hidden_size is {hidden}, expected a multiple of num_attention_heads, {heads}")
         else:
@@ -59,9 +59,8 @@ class BaseShape:
 
 
 PUBLISHED_SIZES = {
-    BaseShape("qwen2", 36, 2048, 16, 2, 128): "Qwen2.5-3B",
-    BaseShape("qwen2", 28, 3584, 28, 4, 128): "Qwen2.5-7B",
-    BaseShape("qwen2", 48, 5120, 40, 8, 128): "Qwen2.5-14B",
+    BaseShape("qwen2", base.layers, base.hidden, base.heads, base.kv_heads, base.hidden // base.heads): base.name
+    for base in published.BASES.values()
 }
 """The bases that AHNs were published for; other bases fit as well, they only have no name here."""
 
@@ -81,8 +80,7 @@ class Options(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class AHNOptions:
-    """`Options` as a ``config.json`` gives them; none, as in the published checkpoints, unless said
-    otherwise."""
+    """`Options` as a ``config.json`` gives them; none, as in the published checkpoints, unless said otherwise."""
 
     use_q_proj: bool = False
     use_router: bool = False
@@ -93,8 +91,7 @@ PUBLISHED_OPTIONS = AHNOptions()
 
 
 def expected_tensors(memory: str, shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> Shapes:
-    """Name and shape of every tensor that the AHN of `memory` needs, layer by layer. Reads and allocates
-    nothing."""
+    """Return name and shape of every tensor that the AHN of `memory` needs, layer by layer."""
     shapes: Shapes = {}
     for layer in range(shape.num_hidden_layers):
         if layer not in options.full_attention_layers:
@@ -103,22 +100,22 @@ def expected_tensors(memory: str, shape: BaseShape, options: Options = PUBLISHED
 
 
 def unused_tensors(memory: str, shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> Shapes:
-    """Tensors that a checkpoint may hold although nothing reads them: GatedDeltaNet's ``D`` [H] of each AHN
-    layer.
+    """Return the tensors that a checkpoint may hold although nothing reads them: name and shape.
 
-    The module it was trained in makes this parameter and saves it, but no formula has it: nobody misses it
-    either.
+    GatedDeltaNet's ``D`` [H], which the module that it was trained in makes and saves, and no formula has. And every
+    tensor of a layer with full attention: the published trainer makes and saves a memory for these too.
     """
-    layers = (n for n in range(shape.num_hidden_layers) if n not in options.full_attention_layers)
-    return {
-        f"model.layers.{layer}.ahn.fn.{name}": (shape.num_attention_heads,)
-        for layer in layers
-        for name in MEMORIES[memory].unused
-    }
+    shapes: Shapes = {}
+    for layer in range(shape.num_hidden_layers):
+        if layer in options.full_attention_layers:
+            shapes.update(_layer(layer, memory, shape, options))
+        for name in MEMORIES[memory].unused:
+            shapes[f"model.layers.{layer}.ahn.fn.{name}"] = (shape.num_attention_heads,)
+    return shapes
 
 
 def count_parameters(memory: str, shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> int:
-    """Parameters of an AHN, of all layers together, those of `unused_tensors` not counted.
+    """Return the parameters of an AHN, of all layers together, those of `unused_tensors` not counted.
 
     These are the counts of the AHN paper's tables (arXiv 2510.07318). Counting GatedDeltaNet's unused ``D``
     would add H a layer, at most 1,920 on the published sizes, and change none of the published figures.
@@ -126,14 +123,14 @@ def count_parameters(memory: str, shape: BaseShape, options: Options = PUBLISHED
     return sum(math.prod(dims) for dims in expected_tensors(memory, shape, options).values())
 
 
-def state_bytes(shape: BaseShape, options: Options = PUBLISHED_OPTIONS) -> int:
-    """Bytes of one sequence's compressed memory: one float32 state [H, D, D] a layer that has an AHN."""
+def state_bytes(shape: BaseShape, options: Options = PUBLISHED_OPTIONS, element_bytes: int = 4) -> int:
+    """Return the bytes of one sequence's state: [H, D, D] a layer that has an AHN, float32 by default."""
     layers = shape.num_hidden_layers - len(options.full_attention_layers)
-    return layers * shape.num_attention_heads * shape.head_dim**2 * 4
+    return layers * shape.num_attention_heads * shape.head_dim**2 * element_bytes
 
 
 def is_ahn_tensor(name: str) -> bool:
-    """Whether a tensor of a merged checkpoint belongs to the AHN and not to the base."""
+    """Return whether a tensor of a checkpoint, or of a LoRA adapter, belongs to the AHN and not to the base."""
     return ".ahn." in name or ".ahn_router." in name
 
 
@@ -155,7 +152,7 @@ def _field(hf_config: Any, name: str) -> Any:
 
 
 def positive_field(hf_config: Any, name: str, label: str) -> int:
-    """Field `name` of a config (a mapping or an object), a whole number of at least 1, else raises `AHNError`."""
+    """Return field `name` of a config (a mapping or an object), a whole number of at least 1, or raise `AHNError`."""
     value = _field(hf_config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise AHNError(f"{label}: {name} is {_shown(value)}, expected a positive whole number")

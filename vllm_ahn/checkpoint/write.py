@@ -1,4 +1,4 @@
-"""Writes checkpoints in the published layout: ``config.json`` and safetensors files."""
+"""Write checkpoints in the published layout: ``config.json`` and safetensors files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_ahn.checkpoint.options import LAYER_IMPLEMENTATIONS
+from vllm_ahn.bases import base_of_type
 from vllm_ahn.checkpoint.read import INDEX_NAME
 from vllm_ahn.checkpoint.tensors import Options
 
@@ -18,12 +18,13 @@ _KEPT_FLOAT32 = (".A_log", ".dt_bias")  # exponents of the decay: bf16 would cha
 
 
 def ahn_config(base_config: Mapping[str, Any], memory: str, options: Options) -> dict[str, Any]:
-    """The ``config.json`` of an AHN of `memory` for the base with `base_config`."""
-    model_type = base_config["model_type"]
+    """Return the ``config.json`` of an AHN of `memory` for the base with `base_config`."""
+    base = base_of_type(base_config["model_type"])
+    assert base is not None
     return {
         **base_config,
         "_ahn_implementation": memory,
-        "_layer_implementation": next(layer for layer, base in LAYER_IMPLEMENTATIONS.items() if base == model_type),
+        "_layer_implementation": base.layer_implementation,
         "use_q_proj": options.use_q_proj,
         "use_ahn_router": options.use_router,
         "fa_layer_ids": ",".join(map(str, options.full_attention_layers)),
@@ -31,12 +32,12 @@ def ahn_config(base_config: Mapping[str, Any], memory: str, options: Options) ->
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes `values` with sorted keys."""
+    """Write `values` with sorted keys."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_weights(folder: pathlib.Path, tensors: Mapping[str, torch.Tensor], dtype: str, shards: int) -> None:
-    """Writes `tensors` in `dtype` (a name such as "bfloat16") to one file, or to `shards` files and their
+    """Write `tensors` in `dtype` (a name such as "bfloat16") to one file, or to `shards` files and their
     index."""
     target = getattr(torch, dtype)
     cast = {

@@ -13,10 +13,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_ahn.memory.spec import MemorySpec
-
-NORM_EPS = 1e-5
-"""Epsilon of the memory's own norm, whatever the base model's is."""
+from vllm_ahn.memory.spec import NORM_EPS, MemorySpec
 
 _PARAMETERS = {"o_proj.weight": "out_proj.weight", "q_proj.weight": "query_proj.weight"}
 """Checkpoint name -> our parameter. vLLM picks the modules that take LoRA by the last part of their names, and these

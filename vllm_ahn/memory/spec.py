@@ -15,6 +15,9 @@ import dataclasses
 import importlib
 from typing import Any
 
+NORM_EPS = 1e-5
+"""Epsilon of every memory's norm, whatever the base model's is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MemorySpec:

@@ -143,7 +143,7 @@ class AHNForCausalLM(nn.Module):
         if vllm_config.lora_config is not None:
             patches.patch_lora_workers()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.ahn_config = AHNConfig.from_dict(vllm_config.additional_config["ahn"])
+        self.ahn_config = AHNConfig.from_vllm_config(vllm_config)
         for index in self.own_layers:
             wrap_attention(self.model.layers[index], index, self.ahn_config, self.config.hidden_size)
         self.secondary_weights: list[DefaultModelLoader.Source] = []

@@ -22,9 +22,10 @@ _registered = False
 
 
 def register() -> None:
-    """Makes AHN known to vLLM in this process: models, cache specs, feature checks and arguments.
+    """Make AHN known to vLLM in this process: the names of its models, its limits, and its arguments.
 
-    May be called any number of times. Raises `AHNError`, which stops the process, where vLLM is of a version
+    A process that goes on without an AHN has no more than that: models, kernels and cache specs are imported where they
+    are used. May be called any number of times. Raises `AHNError`, which stops the process, where vLLM is of a version
     that is not supported or lacks what is to be extended: serving a model without its memory would be worse.
     """
     global _registered
@@ -33,14 +34,14 @@ def register() -> None:
     try:
         import vllm
 
-        from vllm_ahn import models
+        from vllm_ahn.bases import BASES
         from vllm_ahn.plugin import compat, limits, patches
 
         compat.check_vllm_version(vllm.__version__)
         from vllm.model_executor.models import ModelRegistry
 
-        for architecture, model_class in models.MODEL_CLASSES.items():
-            ModelRegistry.register_model(architecture, model_class)
+        for base in BASES:
+            ModelRegistry.register_model(base.ahn_architecture, base.model_class)
         limits.install()
         patches.patch_arguments()
     except AHNError:
@@ -53,12 +54,12 @@ def register() -> None:
 
 
 def is_registered() -> bool:
-    """Whether `register` has done its work in this process."""
+    """Return whether `register` has done its work in this process."""
     return _registered
 
 
 def why_not_loaded() -> str | None:
-    """Why vLLM would run without AHN in this environment, in one sentence, or None if it would not.
+    """Return why vLLM would run without AHN in this environment, in one sentence, or None if it would not.
 
     Looks at the environment only and loads nothing.
     """
@@ -81,7 +82,7 @@ def why_not_loaded() -> str | None:
 
 
 def require() -> None:
-    """Loads vLLM's plugins. Raises `AHNError` where that does not bring AHN in, here or in workers."""
+    """Load vLLM's plugins. Raises `AHNError` where that does not bring AHN in, here or in workers."""
     reason = why_not_loaded()
     if reason is None:
         from vllm.plugins import load_general_plugins

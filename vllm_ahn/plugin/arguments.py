@@ -1,37 +1,67 @@
-"""What vLLM's arguments say about AHN: the flags, and the `AHNConfig` that a user's wish comes to.
+"""What vLLM's arguments say about AHN: the flags, and the `AHNConfig` that a request comes to.
 
-``vllm serve BASE --ahn CKPT``, ``LLM(model=BASE, additional_config={"ahn": CKPT})`` and a BASE with the AHN
-merged in all come to `resolve`. The answer takes its place in ``additional_config["ahn"]`` and so reaches every
-process of vLLM.
+``vllm serve BASE --ahn CKPT``, ``LLM(model=BASE, additional_config={"ahn": CKPT})`` and a BASE with the AHN merged in
+all come to `resolve`, once in each front end. Its answer is served from a copy of the arguments, in whose
+``additional_config["ahn"]`` it reaches every process of vLLM; the user's own arguments keep the request.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
+import re
 from argparse import SUPPRESS, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_ahn import checkpoint
-from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
-from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin import limits, overrides, setting
-from vllm_ahn.plugin.wanted import Wanted
+from vllm_ahn.config import (
+    DEFAULT_SINKS,
+    DEFAULT_WINDOW,
+    NO_MEMORY,
+    STATE_DTYPES,
+    AHNConfig,
+    ahn_value,
+    parse_length,
+)
+from vllm_ahn.errors import AHNError, first_line
+from vllm_ahn.plugin import limits, overrides
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
+FLAG_OF_KEY = {"checkpoint": "--ahn", "window": "--ahn-window", "sinks": "--ahn-sinks"}
+"""Key of ``additional_config["ahn"]`` -> the flag of ``vllm serve`` that means the same."""
+
+CHANGED = ("additional_config", "hf_overrides")
+"""The fields of `EngineArgs` that differ between a user's arguments and the copy that is served."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Arguments of vLLM whose request for an AHN, if there is one, is resolved."""
+
+    args: EngineArgs
+    """The user's own where there is no AHN, else a copy of them, changed in `CHANGED` only."""
+
+    model: str
+    """``args.model`` when it was resolved; vLLM may replace it by another model on the way."""
+
+    config: AHNConfig | None
+    """None: there is no AHN."""
+
 
 def add_flags(parser: Any) -> None:
-    """Adds ``--ahn``, ``--ahn-window`` and ``--ahn-sinks`` to an argparse parser, as the group "AHN"."""
+    """Add ``--ahn``, ``--ahn-window`` and ``--ahn-sinks`` to an argparse parser, as the group "AHN"."""
     group = parser.add_argument_group(
         title="AHN",
         # `vllm serve --help` shows a group's title and this only, `--help=AHN` the flags as well.
         description="Artificial Hippocampus Networks, a memory of fixed size beyond a window of exact "
         "attention: --ahn CKPT, --ahn-window N, --ahn-sinks N.",
     )
-    # No type=int for the lengths: what is not a number is answered like any other bad input, by one sentence.
+    # No type=int for the lengths: what is not a number gets a one-sentence error like any other bad input.
     # No default either: an absent flag is an absent attribute, and the help says what that means.
     flags = {
         "--ahn": (
@@ -54,38 +84,97 @@ def add_flags(parser: Any) -> None:
         group.add_argument(flag, metavar=metavar, default=SUPPRESS, help=text)
 
 
-def resolve(args: EngineArgs) -> tuple[AHNConfig, Any] | None:
-    """The AHN that `args` ask for and the base's Hugging Face config, or None where there is no AHN at all.
+def with_flags(
+    additional_config: object, *, checkpoint: object = None, window: object = None, sinks: object = None
+) -> Any:
+    """Return `additional_config` with the values of the three flags merged under ``"ahn"``.
 
-    On return ``args.additional_config["ahn"]`` is the resolved configuration. May be called again on the same
-    arguments. Raises `AHNError` for whatever is wrong with the checkpoint, the base, the lengths, or the
-    limits.
+    A value of None is a flag that was not given. The argument is not changed. Raises `AHNError` where
+    ``additional_config`` says something about the same thing already.
     """
-    setting.check_keys(args.additional_config)
-    wish = setting.ahn_setting(args.additional_config)
-    if wish is None and not _is_merged(args):
-        return None
-    limits.check(Wanted.from_engine_args(args))
+    given = {"checkpoint": checkpoint, "window": window, "sinks": sinks}
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        return additional_config
+    if additional_config is not None and not isinstance(additional_config, Mapping):
+        raise AHNError(
+            f"additional_config is {additional_config!r}, expected a dict where "
+            f"{FLAG_OF_KEY[next(iter(given))]} is given"
+        )
+    extra = dict(additional_config or {})
+    there = extra.get("ahn")
+    if there is None:
+        there = {}
+    elif isinstance(there, str):
+        there = {"checkpoint": there}
+    elif not isinstance(there, Mapping):
+        raise AHNError(f'additional_config["ahn"] is {there!r}, expected a checkpoint or a dict')
+    for key in given:
+        if key in there:
+            raise AHNError(
+                f'{FLAG_OF_KEY[key]} is {given[key]!r} and additional_config["ahn"] gives {key} as well: give only one'
+            )
+    extra["ahn"] = {**there, **given}
+    return extra
+
+
+def resolve(args: EngineArgs) -> Resolved:
+    """Resolve the request for an AHN in `args`, which are left as they are.
+
+    Raises:
+        AHNError: something is wrong with the checkpoint, the base, the lengths, or another setting.
+    """
+    _check_keys(args.additional_config)
+    request = ahn_value(args.additional_config)
+    if request is None and not _is_merged(args):
+        return Resolved(args, args.model, None)
+    features = limits.RequestedFeatures.from_engine_args(args)
+    limits.check(features)
     base_config = _base_config(args)
-    overrides.ahn_architecture(base_config, args.model)
-    if wish == {} and not checkpoint.looks_merged(base_config):
-        raise AHNError(f"{args.model}: there is no AHN in this model, expected an AHN checkpoint too (--ahn, ahn=)")
     config = checkpoint.resolve(
-        wish,
+        request,
         base=args.model,
         base_revision=args.revision,
         base_config=base_config,
-        load_format=str(args.load_format),
-        state_dtype=limits.state_dtype(args.mamba_ssm_cache_dtype),
+        weights=features.load_format != "dummy",
+        # The AHN's own configuration carries it from here on: vLLM's CPU platform, not knowing this model's state,
+        # resets the flag on some CPUs.
+        state_dtype=STATE_DTYPES[0] if features.mamba_ssm_cache_dtype == "auto" else features.mamba_ssm_cache_dtype,
     )
     if config is None:
-        return None
-    args.additional_config = {**(args.additional_config or {}), "ahn": config.to_dict()}
-    return config, base_config
+        return Resolved(args, args.model, None)
+    requested = parse_length(args.max_model_len)
+    changed = overrides.overrides(
+        config,
+        base_config,
+        base=args.model,
+        max_model_len=requested if isinstance(requested, int) else None,
+    )
+    served = copy.copy(args)
+    served.additional_config = {**(args.additional_config or {}), "ahn": config.to_dict()}
+    if callable(args.hf_overrides):
+        served.hf_overrides = overrides.ConfigOverrides(args.hf_overrides, changed)
+    else:
+        served.hf_overrides = {**(args.hf_overrides or {}), **changed}
+    return Resolved(served, args.model, config)
+
+
+def hand_back(served: EngineArgs, args: EngineArgs) -> None:
+    """Write down on the user's `args` what vLLM has decided on the copy, as callers read it from there."""
+    for name, value in vars(served).items():
+        if name not in CHANGED:
+            setattr(args, name, value)
+
+
+def _check_keys(additional_config: object) -> None:
+    """Raise `AHNError` for "ahn" misspelt in `additional_config`: the plain model would be served."""
+    for key in additional_config if isinstance(additional_config, Mapping) else ():
+        if isinstance(key, str) and key != "ahn" and re.match(r"(vllm)?[-_]*ahn", key, re.IGNORECASE):
+            raise AHNError(f'additional_config has the key {key!r}, expected "ahn" with a checkpoint or a dict')
 
 
 def _base_config(args: EngineArgs) -> Any:
-    """The base model's Hugging Face config as vLLM would use it, the user's ``hf_overrides`` included."""
+    """Return the base model's Hugging Face config as vLLM would use it, the user's ``hf_overrides`` included."""
     from vllm.transformers_utils.config import get_config
     from vllm.transformers_utils.utils import maybe_model_redirect
 
@@ -109,7 +198,7 @@ def _base_config(args: EngineArgs) -> Any:
 
 
 def _is_merged(args: EngineArgs) -> bool:
-    """Whether the base's config.json says that an AHN is merged in; False where none can be read."""
+    """Return whether the base's config.json says that an AHN is merged in; False where none can be read."""
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
     from vllm.transformers_utils.utils import maybe_model_redirect
 
@@ -128,12 +217,13 @@ def _is_merged(args: EngineArgs) -> bool:
 
 
 def no_base(model: str, error: BaseException) -> AHNError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+    """Return what to say of a base model that cannot be read because of `error`."""
     return AHNError(
         f"{model}: no config.json of a base model can be read there, expected a folder or a Hugging Face "
-        f"repository ({first_line})"
+        f"repository ({first_line(error).rstrip('.: ')})"
     )
 
 
 def is_about_files(error: BaseException) -> bool:
+    """Return whether `error` is one that a model raises which is not there."""
     return isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub")

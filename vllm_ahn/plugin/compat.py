@@ -1,8 +1,13 @@
-"""Which versions of vLLM this package works with; what differs between them is told apart only here."""
+"""Which versions of vLLM this package works with; what differs between them is told apart only here.
+
+What vLLM has only under private names is here as well, since that may change with any version.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from vllm_ahn.errors import AHNError
 
@@ -20,7 +25,7 @@ DEVELOPMENT = (10**9, 0)
 
 
 def check_vllm_version(version: str) -> None:
-    """Raises `AHNError` for a release of vLLM outside the bounds; "dev" builds have no number to check."""
+    """Raise `AHNError` for a release of vLLM outside the bounds; "dev" builds have no number to check."""
     release = _release(version)
     if release == DEVELOPMENT:
         return
@@ -32,23 +37,54 @@ def check_vllm_version(version: str) -> None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """The release's number, or `DEVELOPMENT`."""
+    """Return the release's number, or `DEVELOPMENT`."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return DEVELOPMENT if match is None else (int(match[1]), int(match[2]))
 
 
 def is_release(major: int, minor: int) -> bool:
-    """Whether the installed vLLM is of this release."""
+    """Return whether the installed vLLM is of this release."""
     import vllm
 
     return _release(vllm.__version__) == (major, minor)
 
 
 def can_split_masked_attention(block_size: int) -> bool:
-    """Whether vLLM's Triton attention is exact when it splits a sequence masked for sinks and window into segments.
+    """Return whether vLLM's Triton attention is exact when it splits a masked sequence into segments.
+
+    Masked means for sinks and window.
 
     Until 0.32 a segment whose first 16 keys are all masked may drown the others' scores. Blocks of 16 tokens, of which
     none is dropped or kept but for a visible key, have no such tiles; nor has an ordinary sliding window, outside of
     which no tile is visited.
     """
     return block_size == 16 or not is_release(0, 32)
+
+
+def masked_first_tile_counts() -> bool:
+    """Return whether vLLM's Triton attention takes a query's first tile for scores of 0 if all of it is masked.
+
+    Until 0.32, and scores far below 0 then vanish beside it. The older end of a window is such a tile for the later
+    queries of a chunk.
+    """
+    return is_release(0, 32)
+
+
+def register_own_specs() -> None:
+    """Have vLLM's registry of cache specs add vLLM's own.
+
+    It does so when it is first asked and still empty: whoever registers another spec before would keep them out.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+
+
+def layer_name_codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
+    """Return what turns a layer's name into an argument of a custom operation, and back.
+
+    Depending on PyTorch's version that is an opaque object or the name itself. Both functions are private to vLLM.
+    """
+    from vllm.utils.torch_utils import _encode_layer_name, _resolve_layer_name
+
+    return _encode_layer_name, _resolve_layer_name

@@ -5,43 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_ahn.bases import find_base
 from vllm_ahn.checkpoint import looks_merged
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
-from vllm_ahn.models import AHN_ARCHITECTURES
 
 DEFAULT_LENGTH_FACTOR = 4
 """Without ``max_model_len``, this multiple of W + S is served: at W + S the memory is never used."""
 
 
-def ahn_architecture(base_config: Any, base: str) -> str:
-    """The architecture that vLLM loads for the base named `base` with the Hugging Face config `base_config`.
-
-    Raises `AHNError` for a base model that has no AHN model here.
-    """
-    architectures = list(getattr(base_config, "architectures", None) or [])
-    for architecture in architectures:
-        if architecture in AHN_ARCHITECTURES:
-            return AHN_ARCHITECTURES[architecture]
-    raise AHNError(
-        f"{base}: architectures in config.json is {architectures}, but AHN is implemented only for "
-        f"{', '.join(AHN_ARCHITECTURES)}"
-    )
-
-
 def has_sliding_window(base_config: Any) -> bool:
-    """Whether the base model, as Transformers reads its config, has a sliding window of its own."""
+    """Return whether the base model, as Transformers reads its config, has a sliding window of its own."""
     types = getattr(base_config, "layer_types", None) or []
     return any(kind != "full_attention" for kind in types) or getattr(base_config, "sliding_window", None) is not None
 
 
 def overrides(config: AHNConfig, base_config: Any, *, base: str, max_model_len: int | None) -> dict[str, Any]:
-    """The fields of `base_config` to replace, for vLLM's ``hf_overrides``.
+    """Return the fields of `base_config` to replace, for vLLM's ``hf_overrides``.
 
     `max_model_len` is what the user asked for in tokens, None or -1 where vLLM is to choose. Raises
     `AHNError` for a base model that cannot be served with an AHN.
     """
-    changed: dict[str, Any] = {"architectures": [ahn_architecture(base_config, base)]}
+    changed: dict[str, Any] = {"architectures": [find_base(base_config, base).ahn_architecture]}
     if has_sliding_window(base_config):
         if not looks_merged(base_config):
             raise AHNError(
@@ -63,7 +48,7 @@ def overrides(config: AHNConfig, base_config: Any, *, base: str, max_model_len: 
 
 
 def rope_positions(config: AHNConfig, base_config: Any, max_model_len: int | None) -> int | None:
-    """How many positions the rotary tables must have, None where the base model's own number is to stay.
+    """Return how many positions the rotary tables must have, None where the base model's own number is to stay.
 
     vLLM sizes the tables by ``max_position_embeddings`` and takes it for the longest sequence where the user
     asks for none. AHN uses true positions, unscaled. A base that scales its positions means to: then its own
@@ -78,7 +63,7 @@ def rope_positions(config: AHNConfig, base_config: Any, max_model_len: int | Non
 
 
 def unused_memory(config: AHNConfig, max_model_len: int) -> str | None:
-    """A warning where no sequence of at most `max_model_len` tokens outgrows window and sinks, else None."""
+    """Return a warning where no sequence of at most `max_model_len` tokens outgrows window and sinks, else None."""
     if max_model_len > config.capacity:
         return None
     never = "the window would never be left" if config.memory is None else "the AHN memory would never be used"

@@ -1,20 +1,24 @@
-"""All that is replaced in vLLM, each with the reason why no hook of vLLM's serves.
+"""Every patch of vLLM, with the reason no hook would do.
 
-Every way to ask for an AHN passes through `EngineArgs.create_model_config`: there the wish is resolved, and the model's
-configuration is changed to fit.
+A process that asks for no AHN has only those of `EngineArgs`, which must be there before the arguments are read, and
+they pass everything on. Every way to ask for an AHN passes through `create_engine_config`, or through
+`create_model_config` alone; there the request is resolved.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-from vllm_ahn.config import parse_length
+from vllm_ahn.config import ahn_value, is_resolved
 from vllm_ahn.errors import AHNError
-from vllm_ahn.plugin import arguments, limits, lora, overrides, setting
+from vllm_ahn.plugin import arguments, limits, lora, overrides
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -22,12 +26,16 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _PATCHED = "_ahn_patched"
-_COMMAND_LINE = "_ahn_command_line"
-"""Set on arguments that came from a command line, where bad input ends the program with a sentence."""
+
+_resolved: ContextVar[arguments.Resolved | None] = ContextVar("_resolved", default=None)
+"""What `create_engine_config` has resolved, while vLLM asks for the model's configuration in the midst of it."""
+
+_is_command = False
+"""Whether this process has read a command line of vLLM's."""
 
 
 def patch_arguments() -> None:
-    """Patches `EngineArgs` in this process, once."""
+    """Patch `EngineArgs` in this process, once."""
     from vllm.engine.arg_utils import EngineArgs
 
     if getattr(EngineArgs, _PATCHED, False):
@@ -54,103 +62,136 @@ def _patch_flags(engine_args: type[EngineArgs]) -> None:
 
 def _patch_from_cli_args(engine_args: type[EngineArgs]) -> None:
     # Only fields of the dataclass are taken over from the command line, so the flags would be dropped here.
-    # And this is the last place that knows of a command line: later, bad input would be a traceback around a
-    # sentence.
     original = engine_args.from_cli_args.__func__
 
     @wraps(original)
     def from_cli_args(cls: type[EngineArgs], args: Namespace) -> EngineArgs:
-        try:
-            flags = {
-                "checkpoint": getattr(args, "ahn", None),
-                "window": parse_length(getattr(args, "ahn_window", None)),
-                "sinks": parse_length(getattr(args, "ahn_sinks", None)),
-            }
+        global _is_command
+        _is_command = True
+        with _one_sentence():
             extra = getattr(args, "additional_config", None)
-            merged = setting.with_flags(extra, **flags)
+            merged = arguments.with_flags(
+                extra,
+                checkpoint=getattr(args, "ahn", None),
+                window=getattr(args, "ahn_window", None),
+                sinks=getattr(args, "ahn_sinks", None),
+            )
             if merged is not extra:
                 # A copy: API servers are started from the same namespace again.
                 args = Namespace(**{**vars(args), "additional_config": merged})
             try:
-                result = original(cls, args)
+                return original(cls, args)
             except Exception as error:
                 # With HF_HUB_OFFLINE, vLLM looks for the base model here already.
-                if setting.ahn_setting(merged) is None or not arguments.is_about_files(error):
+                if ahn_value(merged) is None or not arguments.is_about_files(error):
                     raise
                 raise arguments.no_base(args.model, error) from error
-            setattr(result, _COMMAND_LINE, True)
-            arguments.resolve(result)
-        except AHNError as error:
-            _exit(error)
-        return result
 
     engine_args.from_cli_args = classmethod(from_cli_args)
 
 
 def _patch_create_model_config(engine_args: type[EngineArgs]) -> None:
-    # vLLM's hook on model configurations is found by the architecture, which is what has to be chosen here,
-    # and runs after the lengths have been decided.
+    # vLLM's hook on model configurations is found by the architecture, which is what has to be chosen here, and runs
+    # after the lengths have been decided.
     original = engine_args.create_model_config
 
     @wraps(original)
     def create_model_config(self: EngineArgs) -> ModelConfig:
-        from vllm.logger import init_logger
-
-        resolved = arguments.resolve(self)
-        if resolved is None:
-            return original(self)
-        config, base_config = resolved
-        requested = parse_length(self.max_model_len)
-        changed = overrides.overrides(
-            config,
-            base_config,
-            base=self.model,
-            max_model_len=requested if isinstance(requested, int) else None,
-        )
-        # On a copy, so that the base's own configuration is still there to be read when this is called again.
-        served = copy.copy(self)
-        if callable(self.hf_overrides):
-            served.hf_overrides = overrides.ConfigOverrides(self.hf_overrides, changed)
-        else:
-            served.hf_overrides = {**(self.hf_overrides or {}), **changed}
-        model_config = original(served)
-        logger = init_logger("vllm.ahn")  # below "vllm", so that it is shown like vLLM's own messages
-        logger.info_once("AHN: %s", config.describe(self.model))
-        warning = overrides.unused_memory(config, model_config.max_model_len)
-        if warning is not None:
-            logger.warning_once(warning)
+        with _one_sentence():
+            resolved = _resolved.get()
+            if resolved is None or resolved.args is not self or resolved.model != self.model:
+                resolved = arguments.resolve(self)
+            model_config = original(resolved.args)
+            if resolved.config is not None:
+                _announce(resolved, model_config)
         return model_config
 
     engine_args.create_model_config = create_model_config
 
 
+def _announce(resolved: arguments.Resolved, model_config: ModelConfig) -> None:
+    from vllm.logger import init_logger
+
+    assert resolved.config is not None
+    logger = init_logger("vllm.ahn")  # below "vllm", so that it is shown like vLLM's own messages
+    logger.info_once("AHN: %s", resolved.config.describe(resolved.model))
+    warning = overrides.unused_memory(resolved.config, model_config.max_model_len)
+    if warning is not None:
+        logger.warning_once(warning)
+
+
 def _patch_create_engine_config(engine_args: type[EngineArgs]) -> None:
-    # vLLM's hook on whole configurations (limits.install) is called inside a validator, which wraps what is
-    # raised in a report on every field; and what happens after the hook can still turn off what AHN needs.
+    # The request is resolved before vLLM looks at the model at all, and from arguments that vLLM goes on to read.
+    # vLLM's hook on whole configurations (limits.install) is called inside a validator, which wraps what is raised in
+    # a report on every field; and what happens after the hook can still turn off what AHN needs.
     original = engine_args.create_engine_config
 
     @wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        try:
-            config = original(self, *args, **kwargs)
-            if setting.is_resolved(setting.ahn_setting(config.additional_config)):
+        with _one_sentence():
+            resolved = arguments.resolve(self)
+            token = _resolved.set(resolved)
+            try:
+                config = original(resolved.args, *args, **kwargs)
+            finally:
+                _resolved.reset(token)
+            if resolved.config is not None:
                 limits.check_config(config)
+                arguments.hand_back(resolved.args, self)
                 if config.lora_config is not None:
                     _patch_lora_requests()
-        except Exception as error:
-            ours = _ahn_error(error)
-            if ours is None:
-                raise
-            if getattr(self, _COMMAND_LINE, False):
-                _exit(ours)
-            raise ours from None
         return config
 
     engine_args.create_engine_config = create_engine_config
 
 
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Take an `AHNError` out of what vLLM has wrapped it in, and have a command end with its sentence alone."""
+    try:
+        yield
+    except Exception as error:
+        ours = _ahn_error(error)
+        if ours is None:
+            raise
+        if _is_command:
+            _print_without_traceback()
+        raise ours from None
+
+
+def _ahn_error(error: BaseException) -> AHNError | None:
+    """Return the `AHNError` that `error` is, or that pydantic has wrapped in it."""
+    if isinstance(error, AHNError):
+        return error
+    errors = getattr(error, "errors", None)
+    if type(error).__name__ == "ValidationError" and callable(errors):
+        for entry in errors():
+            inner = entry.get("ctx", {}).get("error")
+            if isinstance(inner, AHNError):
+                return inner
+    return None
+
+
+def _print_without_traceback() -> None:
+    # The exception itself goes on to the top, past whatever has to be cleaned up on the way, and leaves exit code 1.
+    # The arguments cannot carry that they came from a command line: vLLM makes others of them.
+    original = sys.excepthook
+    if hasattr(original, _PATCHED):
+        return
+
+    @wraps(original)
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, AHNError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            original(kind, error, traceback)
+
+    setattr(excepthook, _PATCHED, True)
+    sys.excepthook = excepthook
+
+
 def patch_lora_workers() -> None:
-    """Has this process, a worker, check every adapter that is loaded into an AHN model. May be called again."""
+    """Have this process, a worker, check every adapter that is loaded into an AHN model. May be called again."""
     # Adapters come with requests, flags and over HTTP, and vLLM asks no plugin and no model about their tensors.
     from vllm.lora.utils import get_adapter_absolute_path
     from vllm.lora.worker_manager import WorkerLoRAManager
@@ -180,25 +221,8 @@ def _patch_lora_requests() -> None:
     @wraps(original)
     def _validate_lora(self: Any, lora_request: LoRARequest | None) -> None:
         original(self, lora_request)
-        if lora_request is not None and setting.is_resolved(setting.ahn_setting(self.vllm_config.additional_config)):
+        if lora_request is not None and is_resolved(ahn_value(self.vllm_config.additional_config)):
             lora.check_local_adapter(lora_request.lora_path)
 
     InputProcessor._validate_lora = _validate_lora
     setattr(InputProcessor, _PATCHED, True)
-
-
-def _ahn_error(error: BaseException) -> AHNError | None:
-    """The `AHNError` that `error` is, or that pydantic has wrapped in it."""
-    if isinstance(error, AHNError):
-        return error
-    errors = getattr(error, "errors", None)
-    if type(error).__name__ == "ValidationError" and callable(errors):
-        for entry in errors():
-            inner = entry.get("ctx", {}).get("error")
-            if isinstance(inner, AHNError):
-                return inner
-    return None
-
-
-def _exit(error: AHNError) -> NoReturn:
-    sys.exit(f"error: {error}")

@@ -5,7 +5,9 @@ memories. With ``recurrence="naive"`` it shares no arithmetic with the engine bu
 chunk-parallel recurrence of `vllm_ahn.kernels`, which is the CPU core's as well.
 """
 
-from .loading import from_folders, new_memory
-from .model import BaseConfig, Generation, LayerCache, ReferenceModel
+from vllm_ahn.reference.base import BaseConfig
+from vllm_ahn.reference.decoder import LayerCache
+from vllm_ahn.reference.loading import from_folders, new_memory
+from vllm_ahn.reference.model import Generation, ReferenceModel
 
 __all__ = ["BaseConfig", "Generation", "LayerCache", "ReferenceModel", "from_folders", "new_memory"]

@@ -1,18 +1,18 @@
-"""What decoder and memory both need: RMS norm, rotary embedding, windowed attention."""
+"""What decoder and memory need: RMS norm, rotary embedding, windowed attention."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 QUERY_BLOCKS = (64, 512)
-"""Fewest and most queries that are attended together; between them as many as one of them has keys."""
+"""Min and max of queries that are attended together; between them as many as one of them has keys."""
 
 FEW_KEYS = 512
-"""Most keys of a block for which the probabilities may be kept."""
+"""Max keys of a block for which the probabilities may be kept."""
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """`x` in float32, or float64 if it is that already."""
+    """Return `x` in float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary embedding of ``x [B, T, heads, D]`` at absolute ``positions [T]``; halves are paired.
+    """Apply the rotary embedding to ``x [B, T, heads, D]`` at absolute ``positions [T]``; halves are paired.
 
     Angles are computed in float32 whatever the dtype of `x`, as base models and vLLM do: at position
     100,000 their rounding is part of the model.
@@ -47,12 +47,20 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tens
 def window_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None, sinks: int
 ) -> torch.Tensor:
-    """Softmax attention of queries at ``t = start, ...`` over ``{j <= t: t - j < window or j < sinks}``.
+    """Attend, by softmax and scale ``D^-1/2``, from ``t = start, ...`` to ``{j <= t: t - j < window or j < sinks}``.
 
-    ``q [B, T, H, D]``; ``k`` and ``v`` ``[B, start + T, Hkv, D]`` hold every token from position 0.
-    ``window`` counts the query's own token; None means all earlier tokens. Scale ``D^-1/2``. Returns
-    ``[B, T, H, D]``. Queries are taken in blocks and only the keys that a block can see are touched, so that
-    memory grows with ``window + sinks``, not with the square of the length.
+    Queries are taken in blocks, and only the keys that a block can see are touched, so that memory grows with
+    ``window + sinks``, not with the square of the length.
+
+    Args:
+        q: ``[B, T, H, D]``.
+        k, v: ``[B, start + T, Hkv, D]``, every token from position 0.
+        start: position of the first query.
+        window: tokens that a query sees, its own among them; None for all earlier ones.
+        sinks: first tokens that every query sees.
+
+    Returns:
+        ``[B, T, H, D]``.
     """
     length = q.shape[1]
     total = start + length
@@ -60,8 +68,8 @@ def window_attention(
     sinks = min(sinks, total)
     if start == 0 and window == total:
         return _attend(q, k, v, None)
-    least, most = QUERY_BLOCKS
-    block = min(max(window + sinks, least), most)
+    min_block, max_block = QUERY_BLOCKS
+    block = min(max(window + sinks, min_block), max_block)
     outputs = []
     for first in range(0, length, block):
         last = min(length, first + block)
@@ -76,7 +84,7 @@ def window_attention(
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """Each query sees what is `visible` ``[T, n]``; None: as many keys as queries, of which it sees the earlier."""
+    # Each query sees what is `visible` [T, n]; None: as many keys as queries, of which it sees the earlier.
     if visible is not None and _steps_are_faster(q, k):
         return _attend_in_steps(q, k, v, visible)
     group = q.shape[2] // k.shape[2]
@@ -98,7 +106,7 @@ def _steps_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 
 def _attend_in_steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """`_attend` with all probabilities kept for the gradient."""
+    # As `_attend`, with all probabilities kept for the gradient.
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(batch * kv_heads, -1, dim)

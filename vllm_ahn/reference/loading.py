@@ -1,5 +1,6 @@
-"""Reference models from checkpoint folders, with no help from the engine's loader."""
+"""Load reference models from checkpoint folders, with no help from the engine's loader."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -7,16 +8,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_ahn.checkpoint.options import read_options
+from vllm_ahn.checkpoint.tensors import BaseShape, is_ahn_tensor
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
-
-from .memory import Memory
-from .model import BaseConfig, ReferenceModel
+from vllm_ahn.reference.base import BaseConfig
+from vllm_ahn.reference.memory import MEMORIES, Memory
+from vllm_ahn.reference.model import ReferenceModel
 
 PathLike = str | pathlib.Path
 
 SLOWEST = 1024
-"""Tokens for which the slowest head of a new memory keeps ``1 / e`` of what it absorbed, if nothing is said."""
+"""Tokens for which the slowest head of a new memory keeps ``1 / e`` of what it absorbed, by default."""
 
 
 def from_folders(
@@ -27,18 +30,25 @@ def from_folders(
     recurrence: str = "chunk",
     dtype: torch.dtype = torch.float32,
 ) -> ReferenceModel:
-    """The base model in folder `base` with the AHN in folder `ahn`, in evaluation mode.
+    """Load the base in folder `base` with the AHN in folder `ahn`, in evaluation mode.
 
-    ``ahn=None``: the AHN merged in `base` if its config has one, else the plain base with full attention.
-    ``ahn="none"``: window and sinks without a memory.
-    `window` (W) and `sinks` (S) are tokens. ``A_log`` and ``dt_bias`` stay float32 when `dtype` is narrower.
-    Raises `AHNError` if a folder lacks a config or weights, or the tensors are not exactly the model's.
+    Args:
+        base: folder of the base, or of a base with an AHN merged in.
+        ahn: folder of the AHN. None: the AHN merged in `base` if its config has one, else the plain base with full
+            attention. "none": window and sinks without a memory.
+        window: W, tokens.
+        sinks: S, tokens.
+        recurrence: see `ReferenceModel`.
+        dtype: of the weights; ``A_log`` and ``dt_bias`` stay float32 when it is narrower.
+
+    Raises:
+        AHNError: a folder lacks a config or weights, or its tensors are not exactly the model's.
     """
     base_config = _read_config(base)
     tensors = _read_tensors(base)
     ahn_config = base_config
     if ahn == NO_MEMORY:
-        tensors = {name: tensor for name, tensor in tensors.items() if not _is_memory(name)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_ahn_tensor(name)}
     elif ahn is not None:
         ahn_config = _read_config(ahn)
         tensors.update(_read_tensors(ahn))
@@ -51,9 +61,7 @@ def from_folders(
             window=window,
             sinks=sinks,
             checkpoint=None if ahn is None else str(ahn),
-            use_q_proj=bool(ahn_config.get("use_q_proj", False)),
-            use_router=bool(ahn_config.get("use_ahn_router", False)),
-            full_attention_layers=_layer_numbers(ahn_config.get("fa_layer_ids")),
+            **dataclasses.asdict(read_options(ahn_config, BaseShape.from_config(ahn_config), str(ahn or base))),
         )
     model = ReferenceModel(BaseConfig.from_dict(base_config), options, recurrence)
     _load(model, tensors, " + ".join(str(folder) for folder in (base, ahn) if folder is not None))
@@ -72,32 +80,45 @@ def new_memory(
     dtype: torch.dtype = torch.float32,
     slowest: int = SLOWEST,
 ) -> ReferenceModel:
-    """The base model in folder `base`, its weights in `dtype`, with a new memory in float32 that adds nothing yet.
+    """Load the base in folder `base` and give it a new memory, in float32, that adds nothing yet.
 
-    What the memory adds begins at zero, its slowest head keeps what it absorbed for `slowest` tokens, see
-    `Memory.begin`, and all else is drawn from PyTorch's generator. Raises `AHNError` if the folder lacks a config or
-    weights, or the tensors are not exactly a base's.
+    What does not begin as `Memory.begin` says is drawn from PyTorch's generator.
+
+    Args:
+        base: folder of the base.
+        ahn: which memory.
+        recurrence: see `ReferenceModel`.
+        dtype: of the base's weights.
+        slowest: tokens for which the slowest head keeps ``1 / e`` of what it absorbed.
+
+    Raises:
+        AHNError: the folder lacks a config or weights, or its tensors are not exactly a base's.
     """
     model = ReferenceModel(BaseConfig.from_dict(_read_config(base)), ahn, recurrence)
     for module in model.modules():
         if isinstance(module, Memory):
             module.begin(slowest)
-    own = {name: tensor for name, tensor in model.state_dict().items() if _is_memory(name)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if is_ahn_tensor(name)}
     _load(model, _read_tensors(base) | own, str(base))
     for name, parameter in model.named_parameters():
-        if not _is_memory(name):
+        if not is_ahn_tensor(name):
             parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _is_memory(name: str) -> bool:
-    return ".ahn.fn." in name or ".ahn_router." in name
+def _is_unused(name: str, model: ReferenceModel) -> bool:
+    """Return whether a checkpoint may hold the tensor `name` although the model does not have it."""
+    if name == "lm_head.weight":
+        return model.base.tie_word_embeddings  # stored all the same, now and then
+    if model.ahn is None or model.ahn.memory is None or not is_ahn_tensor(name):
+        return False
+    if name.rpartition(".ahn.fn.")[2] in MEMORIES[model.ahn.memory].unused:
+        return True
+    return any(name.startswith(f"model.layers.{layer}.") for layer in model.ahn.full_attention_layers)
 
 
 def _load(model: ReferenceModel, tensors: dict[str, torch.Tensor], source: str) -> None:
-    # Published GatedDeltaNet checkpoints carry a tensor `D` that nothing uses; a tied head may be stored too.
-    dropped = "lm_head.weight" if model.base.tie_word_embeddings else None
-    tensors = {n: t for n, t in tensors.items() if not n.endswith(".ahn.fn.D") and n != dropped}
+    tensors = {name: tensor for name, tensor in tensors.items() if not _is_unused(name, model)}
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     missing, surplus = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     for problem, names in (("missing", missing), ("surplus", surplus)):
@@ -122,11 +143,3 @@ def _read_tensors(folder: PathLike) -> dict[str, torch.Tensor]:
     if not paths:
         raise AHNError(f"{folder}: no *.safetensors, expected a checkpoint's weights")
     return {name: tensor for path in paths for name, tensor in load_file(path).items()}
-
-
-def _layer_numbers(value: Any) -> tuple[int, ...]:
-    """``fa_layer_ids``: "3,7", a list of numbers, "" or None."""
-    if not value:
-        return ()
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(sorted({int(part) for part in parts}))

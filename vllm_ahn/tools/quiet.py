@@ -1,11 +1,11 @@
-"""Keeps what vLLM has to say to itself out of the output of a command."""
+"""Keeps vLLM's own log out of the output of a command."""
 
 import logging
 import os
 
 
 def quiet_vllm() -> None:
-    """Has vLLM, not yet imported, log errors only, unless ``VLLM_LOGGING_LEVEL`` asks for more by name."""
+    """Have vLLM, not yet imported, log errors only, unless ``VLLM_LOGGING_LEVEL`` is set."""
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         # It looks for Triton, and warns if there is none, before it reads the variable.

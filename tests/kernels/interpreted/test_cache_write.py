@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.paged_case import PagedCase, Shape, poisoned, random_gates
+from support.paged_case import PagedCase, Shape, random_gates
 from vllm_ahn.kernels.cache_write import write_window_pages
 
 SHAPES = [
@@ -34,21 +34,19 @@ def test_write_window_pages_equals_indexing(shape: Shape, with_gates: bool) -> N
         gates = random_gates(shape, tokens)
         positions = torch.randperm(40)[:tokens]
         requests = torch.arange(tokens) % 2
-        slots = torch.stack([case.slots(int(r), p) for r, p in zip(requests, positions, strict=True)])
+        slots = case.slots(requests, positions)
         padding = torch.rand(tokens) < 0.2
-        # Rows after the last slot are padding of the batch and hold anything.
         qkv[padding] = torch.nan
-        for i in (~padding).nonzero().flatten().tolist():
-            wanted_gates = gates[i] if with_gates else poisoned(*gates[i].shape)
-            wanted.put_token(int(requests[i]), int(positions[i]), key[i], value[i], wanted_gates)
+        real = ~padding
+        wanted.put_tokens(slots[real], key[real], value[real], gates[real] if with_gates else None)
+        if tokens == 2:  # tokens behind the last slot pad the batch
+            key, value = torch.cat((key, key[:1])), torch.cat((value, value[:1]))
         write_window_pages(
-            torch.cat((key, key[:1]))[: tokens + 1] if tokens == 2 else key,
-            torch.cat((value, value[:1]))[: tokens + 1] if tokens == 2 else value,
+            key,
+            value,
             gates if with_gates else None,
             slots.masked_fill(padding, -1),
-            case.window.keys,
-            case.window.values,
-            case.window.gates,
+            case.window,
         )
         torch.testing.assert_close(case.cache, wanted.cache, rtol=0, atol=0, equal_nan=True)
 
@@ -58,12 +56,9 @@ def test_write_window_pages_refuses_what_does_not_fit() -> None:
     case = PagedCase(shape, 1, 20)
     key = torch.zeros(3, shape.kv_heads, shape.head_size)
     slots = torch.tensor([16, 17, 18])
-    pages = (case.window.keys, case.window.values, case.window.gates)
     with pytest.raises(ValueError, match="must be"):
-        write_window_pages(key[..., :-1], key[..., :-1], None, slots, *pages)
+        write_window_pages(key[..., :-1], key[..., :-1], None, slots, case.window)
     with pytest.raises(ValueError, match="contiguous"):
-        write_window_pages(key.mT.contiguous().mT, key, None, slots, *pages)
+        write_window_pages(key.mT.contiguous().mT, key, None, slots, case.window)
     with pytest.raises(ValueError, match="gates"):
-        write_window_pages(key, key, torch.zeros(3, 5, 1), slots, *pages)
-    with pytest.raises(ValueError, match="pages"):
-        write_window_pages(key, key, None, slots, pages[0], pages[1].contiguous(), pages[2])
+        write_window_pages(key, key, torch.zeros(3, 5, 1), slots, case.window)

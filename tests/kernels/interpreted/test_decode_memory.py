@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from support.paged_case import PagedCase, Shape, decay_and_rate, poisoned, random_gates
+from support.paged_case import PagedCase, Shape, WithoutDelta, decay_and_rate, poisoned, random_gates
 from vllm_ahn.kernels import l2_normalize, recurrent_step
-from vllm_ahn.kernels.decode import decode_memory, decode_rows
+from vllm_ahn.kernels.decode import decode_memory, decode_reads
+from vllm_ahn.memory.spec import MEMORIES
 
-MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
+NAMES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
 # window, sinks, block size, heads, KV heads, head size, dtype
 CASES = [
     (20, 3, 16, 2, 1, 64, torch.float32),
@@ -24,11 +25,12 @@ def fresh_inputs() -> None:
 
 
 def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: int) -> None:
-    """A batch of decodes past the window, entering the memory and inside the window, chunks, and padding."""
+    """A batch of decodes past the window, entering the memory and inside the window, chunks, and padding.
+
+    Six requests are one of each; of more, the others are anything.
+    """
     capacity = window + sinks
-    kinds = torch.randint(6, (num_requests,)).tolist()
-    if num_requests > 2:
-        kinds[:3] = [0, 1, 2]
+    kinds = [*range(6), *torch.randint(6, (num_requests,)).tolist()][:num_requests]
     lengths = {
         0: lambda: capacity + 2 + int(torch.randint(40, ())),  # past
         1: lambda: capacity + 1,  # entering: t = W + S
@@ -54,7 +56,7 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
         k, v = torch.randn(2, shape.kv_heads, shape.head_size).to(shape.dtype)
         gates = random_gates(shape).to(shape.dtype)
         state = torch.randn(shape.heads, shape.head_size, shape.head_size).to(shape.state_dtype).float()
-        case.put_token(i, int(seq_lens[i]) - 1 - window, k, v, gates)
+        case.put_tokens(case.slots(i, seq_lens[i : i + 1] - 1 - window), k[None], v[None], gates[None])
         if kinds[i] == 0:
             case.put_state(i, state)
         else:
@@ -62,22 +64,20 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
         inputs[i] = (k, v, gates.float(), state)
     before = case.cache.clone()
 
-    rows = torch.full((num_requests,), -7, dtype=torch.int32)
-    decode_rows(query_start_loc, seq_lens, capacity, rows)
-    assert rows.tolist() == [int(query_start_loc[i]) if i in reads else -1 for i in range(num_requests)]
+    found = torch.full((num_requests,), -7, dtype=torch.int32)
+    decode_reads(query_start_loc, seq_lens, capacity, found)
+    assert found.tolist() == [int(query_start_loc[i]) if i in reads else -1 for i in range(num_requests)]
     o = poisoned(num_requests, shape.heads, shape.head_size)
     decode_memory(
         q,
-        case.window.keys,
-        case.window.values,
-        case.window.gates,
+        case.window,
         case.window_table,
-        case.state.columns,
+        case.state,
         case.state_table,
-        rows,
+        found,
         seq_lens,
         o,
-        memory=shape.memory,
+        memory=shape.spec,
         window=window,
         sinks=sinks,
         scale=shape.scale,
@@ -99,7 +99,7 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
             g[None],
             b[None],
             shape.scale,
-            shape.memory != "Mamba2",
+            shape.delta,
             state[None],
         )
         torch.testing.assert_close(o[i].double(), wanted[0], rtol=2e-5, atol=2e-5)
@@ -110,62 +110,61 @@ def check(shape: Shape, window: int, sinks: int, num_requests: int, **choices: i
     assert torch.equal(case.cache[~touched].view(torch.uint8), before[~touched].view(torch.uint8))
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_memory_equals_recurrent_step(case: tuple, memory: str) -> None:
     window, sinks, block_size, heads, kv_heads, head_size, dtype = case
     shape = Shape(heads, kv_heads, head_size, block_size, memory, dtype)
-    for num_requests in (1, 3, 7):
+    for num_requests in (1, 6):
         check(shape, window, sinks, num_requests)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_decode_memory_of_many_requests(memory: str) -> None:
-    shape = Shape(3, 1, 64, 16, memory, torch.bfloat16)
-    for num_requests in (16, 33):
-        check(shape, 9, 2, num_requests)
+def test_decode_memory_of_many_requests() -> None:
+    check(Shape(3, 1, 64, 16, "GatedDeltaNet", torch.bfloat16), 9, 2, 33)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_decode_memory_with_other_tiles(memory: str) -> None:
-    """Tiles narrower and wider than a page's columns."""
-    shape = Shape(4, 2, 64, 16, memory, torch.bfloat16)
-    for block_v in (4, 8, 64):
-        check(shape, 12, 5, 4, block_v=block_v, num_warps=2)
+@pytest.mark.parametrize("block_v, memory", zip((4, 16, 64), NAMES, strict=True))
+def test_decode_memory_with_other_tiles(block_v: int, memory: str) -> None:
+    """Tiles narrower and wider than the 33 or 32 columns of a page, some of which lie in two."""
+    check(Shape(2, 1, 64, 32, memory, torch.bfloat16), 12, 5, 2, block_v=block_v, num_warps=2)
+
+
+def test_decode_memory_follows_flags() -> None:
+    check(WithoutDelta(4, 2, 64, 16, "GatedDeltaNet"), 12, 5, 2)
 
 
 def test_decode_memory_with_a_bfloat16_state() -> None:
-    for memory in MEMORIES:
-        check(Shape(4, 2, 80, 16, memory, torch.bfloat16, torch.bfloat16), 12, 5, 5)
+    for memory in NAMES:
+        check(Shape(2, 1, 80, 16, memory, torch.bfloat16, torch.bfloat16), 12, 5, 2)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "memories, state_dtype", [(NAMES, torch.float32), (("GatedDeltaNet",), torch.bfloat16)], ids=["float32", "bfloat16"]
+)
+def test_decode_memory_step_by_step_equals_recurrent_step(memories: tuple[str, ...], state_dtype: torch.dtype) -> None:
     """A request that starts at ``W + S`` on pages of NaN and goes on; the state is rounded after each step."""
-    window, sinks, steps = 6, 2, 12
-    for memory in MEMORIES:
-        shape = Shape(4, 2, 64, 16, memory, state_dtype=state_dtype)
+    window, sinks, steps = 6, 12, 8  # what is absorbed lies in two blocks
+    for memory in memories:
+        shape = Shape(2, 1, 64, 16, memory, state_dtype=state_dtype)
         case = PagedCase(shape, 1, window + sinks + steps)
         A_log = torch.randn(shape.heads)
         state = torch.zeros(1, shape.heads, shape.head_size, shape.head_size, dtype=torch.float64)
         for t in range(window + sinks, window + sinks + steps):
             q = torch.randn(1, shape.heads, shape.head_size)
-            k, v = torch.randn(2, shape.kv_heads, shape.head_size)
-            gates = random_gates(shape)
-            case.put_token(0, t - window, k, v, gates)
+            k, v = torch.randn(2, 1, shape.kv_heads, shape.head_size)
+            gates = random_gates(shape, 1)
+            case.put_tokens(case.slots(0, torch.tensor([t - window])), k, v, gates)
             o = poisoned(1, shape.heads, shape.head_size)
             decode_memory(
                 q,
-                case.window.keys,
-                case.window.values,
-                case.window.gates,
+                case.window,
                 case.window_table,
-                case.state.columns,
+                case.state,
                 case.state_table,
                 torch.tensor([0], dtype=torch.int32),
                 torch.tensor([t + 1], dtype=torch.int32),
                 o,
-                memory=memory,
+                memory=shape.spec,
                 window=window,
                 sinks=sinks,
                 scale=shape.scale,
@@ -174,12 +173,12 @@ def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dty
             g, b = decay_and_rate(shape, gates, A_log)
             wanted, state = recurrent_step(
                 l2_normalize(q),
-                l2_normalize(k)[None],
-                v[None],
-                g[None],
-                b[None],
+                l2_normalize(k),
+                v,
+                g,
+                b,
                 shape.scale,
-                memory != "Mamba2",
+                shape.delta,
                 state,
             )
             state = state.to(state_dtype).double()
@@ -194,20 +193,18 @@ def test_decode_memory_step_by_step_equals_recurrent_step(state_dtype: torch.dty
 def test_decode_memory_refuses_what_does_not_fit() -> None:
     shape = Shape(4, 2, 64, 16, "Mamba2")
     case = PagedCase(shape, 1, 20)
-    pages = (case.window.keys, case.window.values, case.window.gates, case.window_table, case.state.columns)
-    row = torch.zeros(1, dtype=torch.int32)
+    pages = (case.window, case.window_table, case.state)
+    read = torch.zeros(1, dtype=torch.int32)
     q, o = torch.zeros(1, 4, 64), torch.zeros(1, 4, 64)
-    settings = {"memory": "Mamba2", "window": 4, "sinks": 1, "scale": 1.0}
+    settings = {"memory": MEMORIES["Mamba2"], "window": 4, "sinks": 1, "scale": 1.0}
     with pytest.raises(ValueError, match="A_log"):
-        decode_memory(q, *pages, case.state_table, row, row, o, **settings)
+        decode_memory(q, *pages, case.state_table, read, read, o, **settings)
     with pytest.raises(ValueError, match="gates"):
-        decode_memory(q, *pages, case.state_table, row, row, o, **(settings | {"memory": "GatedDeltaNet"}))
-    with pytest.raises(ValueError, match="one of"):
-        decode_memory(q, *pages, case.state_table, row, row, o, **(settings | {"memory": "LSTM"}))
+        decode_memory(q, *pages, case.state_table, read, read, o, **(settings | {"memory": MEMORIES["GatedDeltaNet"]}))
     settings["A_log"] = torch.zeros(4)
-    with pytest.raises(ValueError, match="no state"):
-        decode_memory(q, *pages, case.state_table[:, :1], row, row, o, **settings)
+    with pytest.raises(ValueError, match="too narrow"):
+        decode_memory(q, *pages, case.state_table[:, :1], read, read, o, **settings)
     with pytest.raises(ValueError, match="float32"):
-        decode_memory(q, *pages, case.state_table, row, row, o.bfloat16(), **settings)
-    with pytest.raises(ValueError, match="q must"):
-        decode_memory(q[:, :3], *pages, case.state_table, row, row, o, **settings)
+        decode_memory(q, *pages, case.state_table, read, read, o.bfloat16(), **settings)
+    with pytest.raises(ValueError, match="query must"):
+        decode_memory(q[:, :3], *pages, case.state_table, read, read, o, **settings)

@@ -24,12 +24,11 @@ def test_pages_far_apart() -> None:
     case = PagedCase(SHAPE, 2, TOKENS, vast=True)
     assert case.cache.stride(0) * 9 > 2**31 and case.state.columns.stride(0) * 9 > 2**31
     assert int(case.window_table[:, :4].min()) >= 9
-    pages = (case.window.keys, case.window.values, case.window.gates)
     key, value = torch.randn(2, 2 * TOKENS, SHAPE.kv_heads, SHAPE.head_size).bfloat16()
     gates = random_gates(SHAPE, 2 * TOKENS)
     positions = torch.arange(TOKENS)
     slots = torch.cat((case.slots(0, positions), case.slots(1, positions)))
-    write_window_pages(key, value, gates, slots, *pages)
+    write_window_pages(key, value, gates, slots, case.window)
     blocks, offsets = slots // SHAPE.block_size, slots % SHAPE.block_size
     assert torch.equal(case.window.keys[blocks, :, offsets], key)
     assert torch.equal(case.window.values[blocks, :, offsets], value)
@@ -41,17 +40,17 @@ def test_pages_far_apart() -> None:
         case.put_state(request, states[request])
     q = torch.randn(2, SHAPE.heads, SHAPE.head_size).bfloat16()
     o = poisoned(2, SHAPE.heads, SHAPE.head_size)
-    rows, seq_lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([t + 1, t + 1], dtype=torch.int32)
+    reads, seq_lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([t + 1, t + 1], dtype=torch.int32)
     decode_memory(
         q,
-        *pages,
+        case.window,
         case.window_table,
-        case.state.columns,
+        case.state,
         case.state_table,
-        rows,
+        reads,
         seq_lens,
         o,
-        memory=SHAPE.memory,
+        memory=SHAPE.spec,
         window=WINDOW,
         sinks=SINKS,
         scale=SHAPE.scale,
@@ -64,12 +63,12 @@ def test_pages_far_apart() -> None:
 
     stretches = [Stretch(request, request, t + 1, 1) for request in range(2)]
     plan = plan_prefill(stretches, case.window_table, window=WINDOW, sinks=SINKS, block_size=SHAPE.block_size)
-    gathered = gather_states(case.state.columns, case.state_table, SHAPE.heads, plan)
+    gathered = gather_states(case.state, case.state_table, plan)
     torch.testing.assert_close(gathered.mT, states, rtol=2e-5, atol=2e-5)
     new = torch.randn_like(gathered)
-    scatter_states(new, case.state.columns, case.state_table, plan)
+    scatter_states(new, case.state, case.state_table, plan)
     assert torch.equal(torch.stack([case.get_state(0), case.get_state(1)]), new.mT)
-    _, k, v, g, _ = gather_stretches(q, *pages, plan, memory=SHAPE.memory)
+    _, k, v, g, _ = gather_stretches(q, case.window, plan, memory=SHAPE.spec)
     torch.testing.assert_close(k[:, ::2].float(), l2_normalize(key[absorbed + 1]), rtol=8e-3, atol=1e-6)
     assert torch.equal(v[:, ::2], value[absorbed + 1])
     assert torch.equal(g, gates[absorbed + 1][..., 0].bfloat16().float())

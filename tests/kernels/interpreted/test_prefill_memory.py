@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.interpreter import install_for_fla
-from support.paged_case import PagedCase, Shape, decay_and_rate, random_gates
+from support.paged_case import PagedCase, Shape, WithoutDelta, decay_and_rate, random_gates
 from vllm_ahn.kernels import l2_normalize, naive_recurrence
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
@@ -12,7 +12,6 @@ from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
 
 install_for_fla()
 
-MEMORIES = ("GatedDeltaNet", "DeltaNet", "Mamba2")
 WINDOW, SINKS = 20, 5
 SHAPES = [
     Shape(2, 1, 64, 16, "GatedDeltaNet"),
@@ -20,6 +19,7 @@ SHAPES = [
     Shape(5, 1, 96, 64, "Mamba2", torch.float16),
     Shape(6, 2, 128, 16, "Mamba2", torch.bfloat16, torch.bfloat16),
     Shape(1, 1, 256, 16, "GatedDeltaNet", torch.bfloat16),
+    WithoutDelta(2, 2, 64, 16, "GatedDeltaNet"),
 ]
 
 
@@ -44,8 +44,8 @@ class Prefill:
             self.stretches.append(Stretch(request, row, first, length))
             k, v = torch.randn(2, length, shape.kv_heads, shape.head_size).to(shape.dtype)
             gates = random_gates(shape, length).to(shape.dtype)
-            for j in range(length):
-                self.case.put_token(request, first - WINDOW + j, k[j], v[j], gates[j])
+            slots = self.case.slots(request, first - WINDOW + torch.arange(length))
+            self.case.put_tokens(slots, k, v, gates)
             state = torch.randn(shape.heads, shape.head_size, shape.head_size).to(shape.state_dtype).float()
             if new:
                 state.zero_()
@@ -60,10 +60,6 @@ class Prefill:
         size = self.case.shape.block_size
         return plan_prefill(self.stretches, self.case.window_table, window=WINDOW, sinks=SINKS, block_size=size)
 
-    @property
-    def pages(self) -> tuple[torch.Tensor, ...]:
-        return self.case.window.keys, self.case.window.values, self.case.window.gates
-
 
 def test_plan_prefill() -> None:
     """By hand: windows of 4 after 2 sinks in blocks of 16."""
@@ -72,7 +68,7 @@ def test_plan_prefill() -> None:
     stretches = [Stretch(1, 5, 6, 3), Stretch(0, 8, 12, 66)]
     plan = plan_prefill(stretches, table, window=4, sinks=2, block_size=16)
     assert plan.lengths == (3, 66)
-    assert plan.rows.tolist() == [*range(5, 8), *range(8, 74)]
+    assert plan.reads.tolist() == [*range(5, 8), *range(8, 74)]
     assert plan.positions.tolist() == [6, 7, 8, *range(12, 78)]
     slots = [6 * 16 + 2, 6 * 16 + 3, 6 * 16 + 4] + [table[0, e // 16].item() * 16 + e % 16 for e in range(8, 74)]
     assert plan.slots.tolist() == slots
@@ -84,15 +80,15 @@ def test_plan_prefill() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gathers_equal_indexing(shape: Shape) -> None:
-    prefill = Prefill(shape, [1, 33, 7], [True, False, False])
+    prefill = Prefill(shape, [1, 18, 3], [True, False, False])
     plan = prefill.plan()
     A_log = prefill.A_log
-    got = gather_stretches(prefill.query, *prefill.pages, plan, memory=shape.memory, A_log=A_log)
+    got = gather_stretches(prefill.query, prefill.case.window, plan, memory=shape.spec, A_log=A_log)
     wanted: list[list[torch.Tensor]] = [[] for _ in got]
     for stretch, (k, v, gates) in zip(prefill.stretches, prefill.tokens, strict=True):
-        rows = slice(stretch.first_row, stretch.first_row + stretch.length)
+        rows = slice(stretch.first_token, stretch.first_token + stretch.length)
         g, b = decay_and_rate(shape, gates, A_log)
-        v = v.repeat_interleave(shape.group, 1).float() * (b.unsqueeze(-1) if shape.memory == "Mamba2" else 1)
+        v = v.repeat_interleave(shape.group, 1).float() * (1 if shape.delta else b.unsqueeze(-1))
         k = l2_normalize(k).repeat_interleave(shape.group, 1)
         parts = (l2_normalize(prefill.query[rows]), k, v, g, b)
         for together, part in zip(wanted, parts, strict=True):
@@ -105,11 +101,11 @@ def test_gathers_equal_indexing(shape: Shape) -> None:
             x.float(), torch.cat(parts), rtol=1e-6 if exact else tolerance, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
 
-    states = gather_states(prefill.case.state.columns, prefill.case.state_table, shape.heads, plan)
+    states = gather_states(prefill.case.state, prefill.case.state_table, plan)
     assert torch.equal(states, torch.stack(prefill.states).mT)
     before = prefill.case.cache.clone()
     new = torch.randn_like(states)
-    scatter_states(new, prefill.case.state.columns, prefill.case.state_table, plan)
+    scatter_states(new, prefill.case.state, prefill.case.state_table, plan)
     touched = torch.zeros(len(before), dtype=torch.bool)
     for stretch, state in zip(prefill.stretches, new, strict=True):
         assert torch.equal(prefill.case.get_state(stretch.request), state.mT.to(shape.state_dtype).float())
@@ -123,18 +119,18 @@ def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float)
     case = prefill.case
     o = prefill_memory(
         prefill.query,
-        *prefill.pages,
-        case.state.columns,
+        case.window,
+        case.state,
         case.state_table,
         plan,
-        memory=shape.memory,
+        memory=shape.spec,
         scale=shape.scale,
         A_log=prefill.A_log,
     )
     assert o.is_contiguous() and o.dtype == shape.dtype
     parts = zip(prefill.stretches, o.split(lengths), prefill.tokens, prefill.states, strict=True)
     for stretch, got, (k, v, gates), state in parts:
-        rows = slice(stretch.first_row, stretch.first_row + stretch.length)
+        rows = slice(stretch.first_token, stretch.first_token + stretch.length)
         g, b = decay_and_rate(shape, gates, prefill.A_log)
         wanted, final = naive_recurrence(
             l2_normalize(prefill.query[rows])[None].double(),
@@ -143,7 +139,7 @@ def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float)
             g[None],
             b[None],
             shape.scale,
-            shape.memory != "Mamba2",
+            shape.delta,
             state[None],
         )
         for name, x, y in (("o", got, wanted[0]), ("state", case.get_state(stretch.request), final[0])):
@@ -152,12 +148,17 @@ def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float)
             assert error < tolerance, f"{name} of {stretch}: {error}"
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("memory", ["GatedDeltaNet", "Mamba2"])
 def test_prefill_memory_equals_naive(memory: str) -> None:
-    check(Shape(4, 2, 64, 16, memory), [1, 130, 64], [True, False, True], 1e-4)
+    """Stretches of one chunk, of three, the last of which is not full, and of a full one."""
+    check(Shape(2, 1, 64, 16, memory), [1, 130, 64], [True, False, True], 1e-4)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+def test_prefill_memory_without_decay_equals_naive() -> None:
+    check(Shape(2, 2, 64, 16, "DeltaNet"), [70], [False], 1e-4)
+
+
+@pytest.mark.parametrize("memory", ["GatedDeltaNet", "Mamba2"])
 def test_prefill_memory_in_bfloat16(memory: str) -> None:
     check(Shape(3, 1, 80, 32, memory, torch.bfloat16), [70], [False], 3e-2)
 
@@ -166,7 +167,7 @@ def test_prefill_memory_with_a_bfloat16_state() -> None:
     check(Shape(2, 2, 64, 16, "GatedDeltaNet", torch.bfloat16, torch.bfloat16), [9, 20], [False, True], 3e-2)
 
 
-@pytest.mark.parametrize("head_size", [96, 128, 256])
+@pytest.mark.parametrize("head_size", [128, 256])
 def test_prefill_memory_of_other_head_sizes(head_size: int) -> None:
     for memory in ("GatedDeltaNet", "Mamba2"):
-        check(Shape(2, 1, head_size, 16, memory), [67], [False], 1e-4)
+        check(Shape(1, 1, head_size, 16, memory), [67], [False], 1e-4)

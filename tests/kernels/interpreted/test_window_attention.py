@@ -21,8 +21,8 @@ from vllm_ahn.attention.paged import PagedAttention
 from vllm_ahn.attention.paged.flash import FlashAttention
 from vllm_ahn.attention.paged.triton import TritonAttention
 from vllm_ahn.attention.plan import StepRequests, cut_into_spans
-from vllm_ahn.cache.page import WindowPageLayout, WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec, window_spec
+from vllm_ahn.kernels.pages import WindowPageLayout, WindowPages
 
 TOLERANCE = 2e-6
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 24
@@ -123,18 +123,31 @@ def attend(batch: Batch, plan: GPUPlan) -> torch.Tensor:
 def requests_at(window: int, sinks: int, decode: bool) -> list[tuple[int, int]]:
     """Requests within ``W + S``, about to leave it and past it, in any order."""
     capacity = window + sinks
-    requests = [(capacity - 1, 1), (capacity, 1), (200, 1), (3, 1)]
-    if not decode:
+    requests = [(capacity, 1), (200, 1)]
+    if decode:
+        requests += [(capacity - 1, 1), (3, 1)]
+    else:
         requests += [(0, 7), (capacity - 5, 50), (160, 33), (0, capacity + 3)]
     random.shuffle(requests)
     return requests
 
 
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize("window, sinks, block_size", [(24, 8, 16), (33, 17, 32), (1, 48, 16), (10, 0, 16)])
+MASKED = [(24, 8, 16), (33, 17, 32), (1, 48, 16), (10, 0, 16)]
+SLIDING = [(40, 0, 16), (33, 16, 16), (32, 64, 32), (64, 16, 16), (67, 64, 64)]
+CHUNKS = [(33, 17, 32), (10, 0, 16), (33, 16, 16), (67, 64, 64)]
+"""Settings in which Triton attends to chunks too, which takes the interpreter longest; ``test_tables`` has the tables
+of chunks in all settings."""
+
+
+@pytest.mark.parametrize(
+    "setting, decode",
+    [(setting, decode) for setting in MASKED for decode in (True, False) if decode or setting in CHUNKS],
+    ids=str,
+)
 def test_attends_to_sinks_and_window_by_a_mask(
-    window: int, sinks: int, block_size: int, decode: bool, monkeypatch: pytest.MonkeyPatch
+    setting: tuple[int, int, int], decode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    window, sinks, block_size = setting
     monkeypatch.setattr(gpu_plan, "MASKED_QUERIES", 20)
     batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
     plan = planner(batch).plan(batch.common)
@@ -146,14 +159,20 @@ def test_attends_to_sinks_and_window_by_a_mask(
     torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kernel", ["triton", "flash2", "flash3"])
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize(
-    "window, sinks, block_size", [(40, 0, 16), (33, 16, 16), (32, 64, 32), (64, 16, 16), (67, 64, 64)]
-)
+SLIDING_CASES = [
+    (setting, kernel, decode)
+    for setting in SLIDING
+    for kernel in ("triton", "flash2", "flash3")
+    for decode in (True, False)
+    if decode or kernel != "triton" or setting in CHUNKS
+]
+
+
+@pytest.mark.parametrize("setting, kernel, decode", SLIDING_CASES, ids=str)
 def test_attends_to_sinks_and_window_by_a_sliding_window(
-    window: int, sinks: int, block_size: int, decode: bool, kernel: str
+    setting: tuple[int, int, int], kernel: str, decode: bool
 ) -> None:
+    window, sinks, block_size = setting
     batch = make_batch(window, sinks, block_size, requests_at(window, sinks, decode))
     plan = planner(batch, kernel).plan(batch.common)
     assert batch.spec.rearrangeable
@@ -165,8 +184,20 @@ def test_attends_to_sinks_and_window_by_a_sliding_window(
     torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("window, sinks, block_size", [(33, 17, 32), (40, 0, 16), (33, 32, 32), (67, 16, 16)])
-@pytest.mark.parametrize("requests", [[(150, 1), (70, 1)], [(150, 1), (130, 60)]], ids=["decode", "mixed"])
+DECODES, WITH_A_CHUNK = [(150, 1), (70, 1)], [(150, 1), (130, 60)]
+
+
+@pytest.mark.parametrize(
+    "window, sinks, block_size, requests",
+    [
+        (33, 17, 32, DECODES),
+        (40, 0, 16, DECODES),
+        (33, 32, 32, DECODES),
+        (67, 16, 16, DECODES),
+        (33, 17, 32, WITH_A_CHUNK),
+        (67, 16, 16, WITH_A_CHUNK),
+    ],
+)
 def test_scores_far_below_zero(window: int, sinks: int, block_size: int, requests: list[tuple[int, int]]) -> None:
     """Keys that are masked must not count as keys with a score of 0, beside which all others vanish."""
     batch = make_batch(window, sinks, block_size, requests, mean_score=-300.0)

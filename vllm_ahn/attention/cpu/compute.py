@@ -12,9 +12,9 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm_ahn.attention.core import Layer, LayerInputs
 from vllm_ahn.attention.cpu.plan import Chunk, CPUPlan, CPUPlanner, Decodes
 from vllm_ahn.attention.paged.cpu import CPUAttention, attention_isa
-from vllm_ahn.cache.page import StatePages, WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, recurrent_step
+from vllm_ahn.kernels.pages import StatePages, WindowPages
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
 

@@ -47,7 +47,7 @@ class Chunk:
     @property
     def tokens(self) -> slice:
         """The reading tokens in the batch."""
-        return slice(self.stretch.first_row, self.stretch.first_row + self.stretch.length)
+        return slice(self.stretch.first_token, self.stretch.first_token + self.stretch.length)
 
     def positions(self) -> torch.Tensor:
         """``[length]`` int64, positions of the reading tokens."""

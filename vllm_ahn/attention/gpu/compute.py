@@ -14,10 +14,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm_ahn.attention.core import Layer, LayerInputs
 from vllm_ahn.attention.gpu.plan import GPUPlan, GPUPlanner
 from vllm_ahn.attention.paged.choose import choose_attention
-from vllm_ahn.cache.page import StatePages
 from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.kernels.cache_write import write_window_pages
 from vllm_ahn.kernels.decode import decode_memory
+from vllm_ahn.kernels.pages import StatePages
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_plan import CHUNK_SIZE, PrefillPlan
 from vllm_ahn.kernels.read_out import gated_squares, read_out
@@ -50,9 +50,7 @@ class GPUCore:
     def run(self, layer: Layer, inputs: LayerInputs, plan: GPUPlan, state_table: torch.Tensor | None) -> None:
         pages, memory = layer.pages, layer.memory
         assert pages is not None
-        write_window_pages(
-            inputs.key, inputs.value, inputs.gates, plan.slot_mapping, pages.keys, pages.values, pages.gates
-        )
+        write_window_pages(inputs.key, inputs.value, inputs.gates, plan.slot_mapping, pages)
         # Tensors may be padded to the size of a CUDA graph, and FlashAttention takes no output longer than its queries.
         query, output = inputs.query[: plan.num_tokens], inputs.output[: plan.num_tokens]
         for spans in [plan.causal] if layer.full_attention else plan.windowed:
@@ -82,16 +80,14 @@ def decode(
     o = torch.empty((len(tokens), *output.shape[1:]), dtype=torch.float32, device=output.device)
     decode_memory(
         inputs.memory_query,
-        pages.keys,
-        pages.values,
-        pages.gates,
+        pages,
         plan.block_table,
-        state_pages.columns,
+        state_pages,
         state_table,
         tokens,
         plan.seq_lens,
         o,
-        memory=memory.spec.name,
+        memory=memory.spec,
         window=plan.spec.window,
         sinks=plan.spec.sinks,
         scale=memory.scale,
@@ -115,17 +111,15 @@ def prefill(
     assert pages is not None
     o = prefill_memory(
         inputs.memory_query,
-        pages.keys,
-        pages.values,
-        pages.gates,
-        state_pages.columns,
+        pages,
+        state_pages,
         state_table,
         stretches,
-        memory=memory.spec.name,
+        memory=memory.spec,
         scale=memory.scale,
         A_log=memory.decay_of_rate,
     )
-    read(layer, memory, o, inputs, plan, stretches.rows, stretches.positions)
+    read(layer, memory, o, inputs, plan, stretches.reads, stretches.positions)
 
 
 def read(

@@ -18,7 +18,7 @@ from vllm_ahn.attention.paged import PagedAttention
 from vllm_ahn.attention.plan import AttentionSpans, StepRequests, cut_into_spans
 from vllm_ahn.attention.window import span_limits
 from vllm_ahn.cache.specs import AHNWindowSpec
-from vllm_ahn.kernels.decode import decode_rows
+from vllm_ahn.kernels.decode import decode_reads
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, plan_prefill
 from vllm_ahn.kernels.tables import TILE_BLOCKS, compact_block_table, compact_width
 
@@ -131,7 +131,7 @@ class GPUPlanner:
 
     def _find_decodes(self, common: CommonAttentionMetadata) -> None:
         tokens = self.decode_tokens[: len(common.seq_lens)]
-        decode_rows(common.query_start_loc, common.seq_lens, self.spec.capacity, tokens)
+        decode_reads(common.query_start_loc, common.seq_lens, self.spec.capacity, tokens)
 
     def _table_width(self, max_queries: int) -> int:
         spec = self.spec

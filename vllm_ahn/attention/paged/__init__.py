@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 
 from vllm_ahn.attention.plan import AttentionSpans
-from vllm_ahn.cache.page import WindowPages
+from vllm_ahn.kernels.pages import WindowPages
 
 
 class PagedAttention(Protocol):

@@ -7,8 +7,8 @@ from vllm import envs
 
 from vllm_ahn.attention.plan import AttentionSpans
 from vllm_ahn.attention.window import visible_keys
-from vllm_ahn.cache.page import WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.kernels.pages import WindowPages
 
 MASKED_QUERIES = 256
 """Queries of a span under a mask: bounds the mask, and the keys that only some of them see."""

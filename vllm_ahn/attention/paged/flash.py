@@ -5,8 +5,8 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends import fa_utils
 
 from vllm_ahn.attention.plan import AttentionSpans
-from vllm_ahn.cache.page import WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.kernels.pages import WindowPages
 
 
 class FlashAttention:

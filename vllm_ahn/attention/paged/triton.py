@@ -5,8 +5,8 @@ from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
 from vllm_ahn.attention.plan import AttentionSpans
-from vllm_ahn.cache.page import WindowPages
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.kernels.pages import WindowPages
 from vllm_ahn.plugin.compat import can_split_masked_attention
 
 SEGMENTS = 16

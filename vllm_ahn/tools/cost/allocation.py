@@ -1,7 +1,7 @@
-"""The cache that vLLM allocates: block counts from the very specs that an engine would have, and from vLLM's sums.
+"""The cache that vLLM allocates: block counts from the specs that an engine would have, and from vLLM's own sums.
 
-A sequence's cache has two sizes. *Reserved* is the most blocks it ever holds, which is in the middle of its prefill:
-the window before the oldest chunk in flight, and all chunks in flight. vLLM counts with it at startup, where it says
+A sequence's cache has two sizes. *Reserved* is the max of blocks it ever holds, which is in the middle of its prefill:
+the window before the oldest chunk in flight, and all chunks in flight. vLLM counts with it at startup, where it prints
 "Maximum concurrency", and when it admits a request. *Held* is what a sequence has while it decodes, which it does for
 most of its time: the blocks of sinks and window, and its state.
 """
@@ -18,8 +18,7 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, get_kv_quant_mode
 
-from vllm_ahn.cache.layer import LayerSizes, layer_specs
-from vllm_ahn.cache.page import StatePageLayout
+from vllm_ahn.cache.layer import LayerSizes, layer_specs, state_layout
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
@@ -35,7 +34,7 @@ FP8 = "fp8"
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """The arguments of an engine that its cache depends on, under vLLM's names."""
+    """The arguments of an engine that its cache depends on, under vLLM's names. Raises `AHNError` for a bad one."""
 
     dtype: str
     """Of the model and, but for `FP8`, its cache: a name of torch's."""
@@ -52,18 +51,18 @@ class EngineSettings:
 
     @property
     def concurrent_steps(self) -> int:
-        """Steps that may be scheduled and not yet settled at one time."""
+        """Steps that may be scheduled and not yet settled at a time."""
         return 2 if self.async_scheduling else 1
 
     @property
     def max_in_flight_tokens(self) -> int:
-        """Most tokens of one sequence in such steps."""
+        """Max tokens of one sequence in such steps."""
         return self.concurrent_steps * self.max_num_batched_tokens
 
     def vllm_config(self, length: int) -> VllmConfig:
-        """As much of an engine's configuration, with sequences of up to `length` tokens, as cache specs look at.
+        """Return as much of an engine's configuration, for sequences of up to `length` tokens, as cache specs read.
 
-        A whole one can be had only where vLLM finds the device it was built for.
+        A whole one needs the device that vLLM was built for.
         """
         values: Any = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=length),
@@ -73,7 +72,7 @@ class EngineSettings:
         return values
 
     def layer_sizes(self, shape: ModelShape) -> LayerSizes:
-        """Heads of a layer on one rank; where ranks outnumber KV heads, these are copied, as in vLLM."""
+        """Return the heads of a layer on one rank; where ranks outnumber KV heads, these are copied, as in vLLM."""
         size = self.tensor_parallel_size
         if shape.heads % size:
             raise AHNError(f"--tensor-parallel-size is {size}, expected a divisor of the model's {shape.heads} heads")
@@ -105,7 +104,7 @@ class Allocation:
 
     @functools.cached_property
     def reserved_blocks(self) -> int:
-        """Most blocks that the sequence ever holds."""
+        """Max blocks that the sequence ever holds."""
         config = self.settings.vllm_config(self.length)
         return sum(cdiv(spec.max_memory_usage_bytes(config), spec.page_size_bytes) for spec in self.specs)
 
@@ -132,7 +131,7 @@ class Allocation:
         return self.held_blocks * self.block_bytes
 
     def max_concurrency(self, memory_bytes: int) -> float:
-        """vLLM's own "Maximum concurrency" for sequences of this length in a cache of so many bytes a rank."""
+        """Return vLLM's own "Maximum concurrency" for sequences of this length, in a cache of `memory_bytes` a rank."""
         names = [f"layers.{index}" for index in range(self.layers)]
         cache = KVCacheConfig(
             num_blocks=memory_bytes // self.block_bytes,
@@ -142,7 +141,7 @@ class Allocation:
         return get_kv_cache_capacity(self.settings.vllm_config(self.length), cache)[1]
 
     def max_decoding(self, memory_bytes: int) -> int:
-        """Sequences of this length that such a cache can hold at a time while they decode.
+        """Return how many sequences of this length such a cache can hold at a time while they decode.
 
         vLLM keeps one block to itself, and admits a sequence only where as much is free as is reserved for it; the
         sequences before it hold less by then.
@@ -151,8 +150,7 @@ class Allocation:
         return 0 if blocks < 0 else 1 + blocks // self.held_blocks
 
     def parts(self) -> dict[str, int]:
-        """Where the reserved bytes go: what is kept of the lossless tokens and the state, what filling whole blocks
-        and pages adds, and the chunks in flight."""
+        """Split the reserved bytes: lossless tokens, state, what filling blocks and pages adds, chunks in flight."""
         lossless = self.specs[0]
         tokens = self.length
         if isinstance(lossless, AHNWindowSpec) and not lossless.retain_all:
@@ -172,7 +170,7 @@ class Allocation:
 
 
 def full_attention(shape: ModelShape, settings: EngineSettings, length: int, cache_dtype: str) -> Allocation:
-    """vLLM's own attention with a cache in `cache_dtype`, a name of torch's or `FP8`."""
+    """Return the cache of vLLM's own attention, in `cache_dtype`: a name of torch's or `FP8`."""
     sizes = settings.layer_sizes(shape)
     spec = FullAttentionSpec(
         block_size=settings.block_size,
@@ -185,7 +183,7 @@ def full_attention(shape: ModelShape, settings: EngineSettings, length: int, cac
 
 
 def ahn_attention(shape: ModelShape, settings: EngineSettings, length: int, config: AHNConfig) -> Allocation:
-    """An AHN, or sinks and window alone where `config` has no memory."""
+    """Return the cache of an AHN, or of sinks and window alone where `config` has no memory."""
     sizes = settings.layer_sizes(shape)
     window, state = layer_specs(
         config,
@@ -197,5 +195,5 @@ def ahn_attention(shape: ModelShape, settings: EngineSettings, length: int, conf
     if state is None:
         return Allocation(length, shape.layers, (window,), settings)
     layers_with_state = shape.layers - len(config.full_attention_layers)
-    state_bytes = StatePageLayout(sizes.num_heads, sizes.head_size, state.page_size_bytes).state_bytes
+    state_bytes = state_layout(config, sizes, state.page_size_bytes).state_bytes
     return Allocation(length, shape.layers, (window, state), settings, layers_with_state * state_bytes)

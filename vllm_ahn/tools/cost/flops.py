@@ -1,7 +1,7 @@
 """FLOPs of a prefill as this implementation computes it, a multiply-add counted as two.
 
-Beside what the paper counts (``paper.py``) these are the memory's projections of every token and all products of the
-recurrence; fewer are the vocabulary's: an embedding is looked up, and logits are needed of the last token only. The
+Unlike the paper's count (``paper.py``) this one has the memory's projections of every token and all products of the
+recurrence, and less for the vocabulary: an embedding is looked up, and logits are computed of the last token only. The
 recurrence is counted token by token; the chunk-parallel kernels of a prefill do more work than that, faster.
 """
 
@@ -13,8 +13,10 @@ from vllm_ahn.tools.cost.shape import ModelShape
 
 
 def mixing_flops(shape: ModelShape, length: int, config: AHNConfig | None) -> int:
-    """What the attention layers compute for `length` tokens: projections, attention and memory; no `config` means full
-    attention."""
+    """Count what the attention layers compute for `length` tokens: projections, attention and memory.
+
+    `config` None is full attention.
+    """
     projections = 4 * length * shape.hidden * shape.head_size * (shape.heads + shape.kv_heads)
     full_layers = shape.layers if config is None else len(config.full_attention_layers)
     flops = shape.layers * projections + full_layers * _attention(shape, visible_pairs(length, length))
@@ -25,20 +27,19 @@ def mixing_flops(shape: ModelShape, length: int, config: AHNConfig | None) -> in
 
 
 def model_flops(shape: ModelShape, length: int, config: AHNConfig | None) -> int:
-    """Those of the whole model until it has the logits of the last token."""
+    """Count the whole model's, up to the logits of the last token; as `mixing_flops`."""
     mlp = 6 * length * shape.hidden * shape.intermediate
     return mixing_flops(shape, length, config) + shape.layers * mlp + 2 * shape.hidden * shape.vocabulary
 
 
 def visible_pairs(length: int, lossless: int) -> int:
-    """Pairs of a query and a key it sees, among `length` tokens of which each sees at most `lossless`."""
+    """Count pairs of a query and a key it sees, among `length` tokens of which each sees at most `lossless`."""
     seen = min(length, lossless)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def memory_flops(shape: ModelShape, length: int, config: AHNConfig) -> int:
-    """One layer's compressed memory: projections of all tokens; one token absorbed and one read for each past
-    ``W + S``."""
+    """Count one layer's memory: projections of all tokens, and past ``W + S`` a token absorbed and a read for each."""
     if config.memory is None:
         return 0
     memory = MEMORIES[config.memory]

@@ -8,9 +8,10 @@ Per layer, for a prefill of L tokens, with N = W + S, the window including the s
   ``4 L D H (Nq + Nkv) + 2 H Nq N^2 + 2 (L - N) 2 N H Nq``; AHN that and ``2 (L - N)(2 H^2 Nq + p D Nq)``.
 * model FLOPs: mixing, the MLP ``6 L D I`` a layer, and two vocabulary matrices ``2 L D V`` each, once.
 
-``p`` is the number of gates that the memory has: 2 for GatedDeltaNet, 1 for DeltaNet and Mamba2. The paper writes the
-formula for GatedDeltaNet alone, with 3, which would include the read-out gate; but only 2 gives the 4.38 PFLOPs that it
-prints for 14B (3: 4.39), and of the other two, only 1 gives 49.7 and 62.4 % (0: 49.6 and 62.4, 2: 49.7 and 62.5).
+``p`` is the number of gates that a memory keeps, `MemorySpec.num_gates`: 2 for GatedDeltaNet, 1 for DeltaNet and
+Mamba2. The paper writes the formula for GatedDeltaNet alone, with 3, which would include the read-out gate; but only 2
+gives the 4.38 PFLOPs that it prints for 14B (3: 4.39), and of the other two, only 1 gives 49.7 and 62.4 % (0: 49.6 and
+62.4, 2: 49.7 and 62.5).
 
 With the paper's L = 128,000 and N = 32,768 this gives all its rows for 3B and 14B to the printed digit. Of its rows for
 7B it gives the cache and the window's mixing ratio. The rest does not come out: AHN's mixing ratios are 48.1 (printed:
@@ -22,17 +23,18 @@ from __future__ import annotations
 
 import dataclasses
 
+from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.cost.shape import ModelShape
 
 BYTES_PER_ELEMENT = 4
 
-COUNTED_GATES = {"GatedDeltaNet": 2, "DeltaNet": 1, "Mamba2": 1}
+COUNTED_GATES = {memory.name: memory.num_gates for memory in MEMORIES.values()}
 """``p`` of a memory's formula."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperCost:
-    """What one sequence costs."""
+    """The cost of one sequence: FLOPs of its prefill, bytes of its cache."""
 
     mixing_flops: int
     model_flops: int
@@ -40,12 +42,12 @@ class PaperCost:
 
 
 def full_attention(shape: ModelShape, length: int) -> PaperCost:
-    """Full attention over a sequence of `length` tokens."""
+    """Return the cost of full attention over `length` tokens."""
     return _cost(shape, length, length, 0, 0)
 
 
 def window_attention(shape: ModelShape, length: int, lossless: int, memory: str | None = None) -> PaperCost:
-    """Sinks and window of `lossless` tokens together, and beside them `memory`, one of `MEMORIES`, or none."""
+    """Return the cost of sinks and window, `lossless` tokens together, with `memory`, one of `MEMORIES`, or none."""
     evicted = max(0, length - lossless)
     if memory is None or not evicted:
         return _cost(shape, length, lossless, 0, 0)
@@ -55,7 +57,7 @@ def window_attention(shape: ModelShape, length: int, lossless: int, memory: str 
 
 
 def _cost(shape: ModelShape, length: int, lossless: int, state_elements: int, memory_flops: int) -> PaperCost:
-    """Costs with `state_elements` and `memory_flops` a layer on top of attention to `lossless` tokens."""
+    # `state_elements` and `memory_flops` of a layer come on top of attention to `lossless` tokens.
     seen = min(length, lossless)
     projections = 4 * length * shape.hidden * shape.head_size * (shape.heads + shape.kv_heads)
     attention = 2 * shape.head_size * shape.heads * (seen**2 + 2 * (length - seen) * seen)

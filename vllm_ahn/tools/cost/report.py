@@ -1,4 +1,4 @@
-"""One report: every row of both tables for each length, as plain values."""
+"""The report: every row of both tables for each length, as plain values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL_ROW = "full attention"
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is to be reported."""
+    """What the report is about. Raises `AHNError` for a length that never leaves the window."""
 
     model: Model
     configs: Sequence[AHNConfig]
@@ -42,30 +42,29 @@ class Question:
         return int(self.cache_gib * 2**30)
 
 
-def configs(
-    window: int, sinks: int, ahn: AHNConfig | None, memories: Sequence[str] = tuple(MEMORIES)
+def compared_configs(
+    window: AHNConfig, ahn: AHNConfig | None, memories: Sequence[str] = tuple(MEMORIES)
 ) -> list[AHNConfig]:
-    """The rows to compare: sinks and window alone, then `ahn` or, without one, each of `memories`."""
-    rows = [AHNConfig(None, window, sinks)]
-    if ahn is None:
-        rows += [AHNConfig(memory, window, sinks) for memory in memories]
-    elif ahn.memory is not None:
-        rows.append(ahn)
-    return rows
+    """Return the rows to compare: `window`, which has no memory, then `ahn` or, without one, each of `memories`."""
+    if ahn is not None:
+        return [window] if ahn.memory is None else [window, ahn]
+    return [window, *(dataclasses.replace(window, memory=memory) for memory in memories)]
 
 
-def name(config: AHNConfig) -> str:
-    """A row's name."""
+def row_name(config: AHNConfig) -> str:
+    """Return what a row is called."""
     return WINDOW_ROW if config.memory is None else f"AHN, {config.memory}"
 
 
-def report(question: Question) -> dict[str, Any]:
-    """Everything that is printed, as JSON values: sizes in bytes, on each rank where vLLM allocates; shares in %."""
+def build_report(question: Question) -> dict[str, Any]:
+    """Return everything that is printed, as JSON values: sizes in bytes, of one rank where vLLM allocates; shares in
+    %."""
     model, settings, first = question.model, question.settings, question.configs[0]
     return {
         "model": {"name": model.name, **dataclasses.asdict(model.shape)},
         "window": first.window,
         "sinks": first.sinks,
+        "state_dtype": first.state_dtype,
         "settings": {**dataclasses.asdict(settings), "max_in_flight_tokens": settings.max_in_flight_tokens},
         "cache_memory_bytes": question.cache_bytes,
         "lengths": [
@@ -83,7 +82,7 @@ def _paper_rows(shape: ModelShape, length: int, rows: Sequence[AHNConfig]) -> It
     full = paper.full_attention(shape, length)
     yield _paper_row(FULL_ROW, full, full)
     for config in rows:
-        yield _paper_row(name(config), paper.window_attention(shape, length, config.capacity, config.memory), full)
+        yield _paper_row(row_name(config), paper.window_attention(shape, length, config.capacity, config.memory), full)
 
 
 def _paper_row(row: str, cost: paper.PaperCost, full: paper.PaperCost) -> dict[str, Any]:
@@ -98,20 +97,19 @@ def _vllm_rows(question: Question, length: int) -> Iterator[dict[str, Any]]:
         (f"{FULL_ROW}, {settings.dtype}", None, full),
         (f"{FULL_ROW}, {FP8}", None, full_attention(shape, settings, length, FP8)),
     ]
-    rows += [(name(config), config, ahn_attention(shape, settings, length, config)) for config in question.configs]
-    whole = {
-        "mixing_flops": flops.mixing_flops(shape, length, None),
-        "model_flops": flops.model_flops(shape, length, None),
-        "reserved_bytes": full.reserved_bytes,
-        "held_bytes": full.held_bytes,
-    }
-    for row, config, allocation in rows:
-        values = {
+    rows += [(row_name(config), config, ahn_attention(shape, settings, length, config)) for config in question.configs]
+
+    def costs(config: AHNConfig | None, allocation: Allocation) -> dict[str, int]:
+        return {
             "mixing_flops": flops.mixing_flops(shape, length, config),
             "model_flops": flops.model_flops(shape, length, config),
             "reserved_bytes": allocation.reserved_bytes,
             "held_bytes": allocation.held_bytes,
         }
+
+    whole = costs(None, full)
+    for row, config, allocation in rows:
+        values, parts = costs(config, allocation), allocation.parts()
         yield {
             "name": row,
             **values,
@@ -119,8 +117,8 @@ def _vllm_rows(question: Question, length: int) -> Iterator[dict[str, Any]]:
             "block_bytes": allocation.block_bytes,
             "reserved_blocks": allocation.reserved_blocks,
             "held_blocks": allocation.held_blocks,
-            "parts_bytes": allocation.parts(),
-            "parts_percent": {key: 100 * value / full.held_bytes for key, value in allocation.parts().items()},
+            "parts_bytes": parts,
+            "parts_percent": {key: 100 * value / full.held_bytes for key, value in parts.items()},
             "max_concurrency": allocation.max_concurrency(question.cache_bytes),
             "max_decoding": allocation.max_decoding(question.cache_bytes),
         }

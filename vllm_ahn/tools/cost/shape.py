@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_ahn import published
+from vllm_ahn.bases import find_base
 from vllm_ahn.checkpoint import looks_merged, resolve
 from vllm_ahn.checkpoint.find import local_folder, split_revision
 from vllm_ahn.checkpoint.options import read_config, read_config_file, read_memory, read_options
 from vllm_ahn.checkpoint.tensors import BaseShape, positive_field
 from vllm_ahn.config import AHNConfig
-from vllm_ahn.plugin.overrides import ahn_architecture
+from vllm_ahn.errors import AHNError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], label: str) -> ModelShape:
-        """Reads the values of a ``config.json``; raises `AHNError`, with `label` for it, for one that is missing or
-        wrong."""
+        """Read the values of a ``config.json``. Raises `AHNError`, with `label` for it, if one is missing or wrong."""
         base = BaseShape.from_config(config, label)
         return cls(
             base.num_hidden_layers,
@@ -64,38 +65,60 @@ class Model:
     config: Mapping[str, Any]
     shape: ModelShape
 
-    def ahn(self, checkpoint: str | None, window: int, sinks: int) -> AHNConfig | None:
-        """The AHN in `checkpoint`, or the one merged into this model, or None if there is neither.
+    def ahn(self, checkpoint: str | None, window: int, sinks: int, state_dtype: str) -> AHNConfig | None:
+        """Return the AHN in `checkpoint`, or the one merged into this model, or None if there is neither.
 
-        Of both only ``config.json`` is read. Raises `AHNError` for what would be refused when serving.
+        Of a checkpoint only ``config.json`` is read, and of a published one nothing: `vllm_ahn.published` knows it.
+        Raises `AHNError` for what would be refused when serving.
         """
+        lengths: dict[str, Any] = {"window": window, "sinks": sinks, "state_dtype": state_dtype}
+        published_ahn = None if checkpoint is None else published.find_ahn(checkpoint)
+        if published_ahn is not None:
+            self._check_fit(published_ahn)
+            return AHNConfig(published_ahn.memory, checkpoint=checkpoint, **lengths)
         base_config = SimpleNamespace(**self.config)
         if checkpoint is not None:
-            setting = {"checkpoint": checkpoint, "window": window, "sinks": sinks}
-            return resolve(setting, base=self.name, base_revision=None, base_config=base_config, load_format="dummy")
+            return resolve(
+                {"checkpoint": checkpoint, "window": window, "sinks": sinks},
+                base=self.name,
+                base_revision=None,
+                base_config=base_config,
+                weights=False,
+                state_dtype=state_dtype,
+            )
         if not looks_merged(base_config):
             return None
         options = read_options(self.config, BaseShape.from_config(self.config, self.label), self.label)
         return AHNConfig(
             read_memory(self.config, self.label),
-            window,
-            sinks,
             use_q_proj=options.use_q_proj,
             use_router=options.use_router,
             full_attention_layers=options.full_attention_layers,
+            **lengths,
         )
+
+    def _check_fit(self, ahn: published.PublishedAHN) -> None:
+        if BaseShape.from_config(ahn.config) != BaseShape.from_config(self.config, self.label):
+            raise AHNError(
+                f"{ahn.name}: this AHN was made for another base than {self.name}, expected {ahn.base.instruct}"
+            )
 
 
 def find_model(name: str) -> Model:
-    """The model `name`: a ``config.json``, a folder with one, or a hub repository with an optional ``@revision``.
+    """Return the model `name`: a ``config.json``, a folder with one, or a hub repository with an optional
+    ``@revision``.
 
-    Raises `AHNError` if it cannot be found or read, or has an architecture without AHN.
+    The published bases are known without a network, by shorter names too, see `vllm_ahn.published.find_base`. Raises
+    `AHNError` if `name` cannot be found or read, or has an architecture without AHN.
     """
     path = pathlib.Path(name)
-    if path.is_file():
+    base = published.find_base(name)
+    if base is not None:
+        config, label = base.config, name
+    elif path.is_file():
         config, label = read_config_file(path, name), name
     else:
         repository, revision = split_revision(name)
         config, label = read_config(local_folder(repository, revision, weights=False), name), f"{name}/config.json"
-    ahn_architecture(SimpleNamespace(**config), name)
+    find_base(config, name)
     return Model(name, label, config, ModelShape.from_config(config, label))

@@ -7,7 +7,7 @@ import pathlib
 
 
 def plot_curve(data: pathlib.Path, image: pathlib.Path) -> None:
-    """Draws the loss over the steps, from ``loss.json`` to a PNG."""
+    """Draw the loss over the steps, from the ``loss.json`` `data` to the PNG `image`."""
     import matplotlib
 
     matplotlib.use("Agg")

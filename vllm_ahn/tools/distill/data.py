@@ -1,4 +1,4 @@
-"""The samples: token sequences from text files, JSON lines or data sets of the hub."""
+"""Reads samples, token sequences, from text files, JSON lines or data sets of the hub."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ JSON_LINES = (".jsonl", ".json")
 
 
 def read_samples(settings: Settings, tokenizer: Any) -> list[torch.Tensor]:
-    """Every sample that is long enough, each ``[n]`` int64 of at most ``settings.length`` tokens.
+    """Read every sample that is long enough, each ``[n]`` int64 of at most ``settings.length`` tokens.
 
-    Text files are joined, with an end of text between them, and cut into pieces of that length. A line of
-    JSON or a row of a data set is a sample of its own: the chat template is applied to its ``messages``, else its
-    ``text`` is taken. Raises `AHNError` for what cannot be read, and if nothing is long enough.
+    Text files are joined, with an end of text between them, and cut into pieces of that length. A line of JSON or a
+    row of a data set is a sample of its own: the chat template is applied to its ``messages``, else its ``text`` is
+    taken.
+
+    Raises:
+        AHNError: a source cannot be read, or nothing is long enough.
     """
     samples: list[torch.Tensor] = []
     dropped = 0
@@ -46,7 +49,7 @@ def read_samples(settings: Settings, tokenizer: Any) -> list[torch.Tensor]:
 
 
 def is_long_enough(settings: Settings, length: int) -> bool:
-    """Whether tokens of a sample of `length` come to lie beyond its window."""
+    """Return whether a sample of `length` tokens has positions beyond its window."""
     if settings.fixed:
         return length > sum(settings.fixed) + 1
     return bool(lengths.possible(settings.lossless, length, settings.max_ratio))
@@ -55,7 +58,7 @@ def is_long_enough(settings: Settings, length: int) -> bool:
 class Samples(Dataset[dict[str, Any]]):
     """Samples in the order in which a whole run takes them, with their windows and sinks.
 
-    Item ``i`` is the same whenever it is asked for, so that a run that was cut short goes on as if it had not been.
+    Item ``i`` is the same whenever it is asked for, so that a run that was cut short continues as if it had not been.
     """
 
     def __init__(self, settings: Settings, samples: Sequence[torch.Tensor]) -> None:
@@ -84,7 +87,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``input_ids [B, T]`` with the lengths that all items share. Raises `AHNError` if they do not."""
+    """Stack items to ``input_ids [B, T]``, with the window and sinks they share. Raises `AHNError` if they do not."""
     if len({(len(item["input_ids"]), item["window"], item["sinks"]) for item in items}) > 1:
         raise AHNError("--micro-batch: samples differ in length, expected --micro-batch 1 with such data")
     input_ids = torch.stack([item["input_ids"] for item in items])

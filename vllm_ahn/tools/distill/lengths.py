@@ -1,4 +1,4 @@
-"""How much a sample sees exactly: windows and sinks at random, so that one memory serves them all."""
+"""Draws windows and sinks at random, so that one memory serves them all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ LOSSLESS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SINKS = (0, 32, 64, 128, 512, 2048, 4096)
 """The paper's choices of S, tokens."""
 
-
 MAX_RATIO = 8
-"""The paper's: a sample is less than so many times as long as its W + S."""
+"""The paper's limit: a sample is shorter than this many times its W + S."""
 
 
 def possible(lossless: Sequence[int], length: int, max_ratio: int = MAX_RATIO) -> list[int]:
-    """The lossless sizes that a sample of `length` tokens may have: more than ``1 / max_ratio`` of it, less than all.
+    """Return the W + S that a sample of `length` tokens may have: more than ``1 / max_ratio`` of it, less than all.
 
-    Two positions at least come to lie beyond, of which the first has a next token in the sample.
+    At least two positions then lie beyond the window, and the first of them has a next token in the sample.
     """
     return [size for size in lossless if length < max_ratio * size and size + 1 < length]
 
@@ -27,7 +26,7 @@ def possible(lossless: Sequence[int], length: int, max_ratio: int = MAX_RATIO) -
 def draw(
     rng: random.Random, length: int, lossless: Sequence[int], sinks: Sequence[int], max_ratio: int = MAX_RATIO
 ) -> tuple[int, int]:
-    """W and S for a sample of `length` tokens, for which `possible` has something: up to half of both are sinks."""
+    """Draw W and S for a sample of `length` tokens, for which `possible` is not empty. At most half are sinks."""
     size = rng.choice(possible(lossless, length, max_ratio))
     chosen = rng.choice([n for n in sinks if 2 * n <= size] or [0])
     return size - chosen, chosen

@@ -14,16 +14,16 @@ from vllm_ahn.checkpoint.tensors import is_ahn_tensor
 from vllm_ahn.reference import ReferenceModel
 
 POSITIONS = 1024
-"""Positions of whose logits over the vocabulary are held at a time."""
+"""Positions whose logits over the vocabulary are held at a time."""
 
 
 class Distillation(nn.Module):
     """The reference model, of which only the memories are trained.
 
     Args:
-        model: base and new memories.
-        loss: ``kl`` or ``ce``, see `vllm_ahn.tools.distill.settings.Settings.loss`.
-        checkpointing: keep only the layers' inputs for the gradient, and compute the layers once more for it.
+        model: the base with new memories.
+        loss: see `vllm_ahn.tools.distill.settings.Settings.loss`.
+        checkpointing: see `vllm_ahn.tools.distill.settings.Settings.checkpointing`.
     """
 
     def __init__(self, model: ReferenceModel, loss: Literal["kl", "ce"], checkpointing: bool = True) -> None:
@@ -35,7 +35,16 @@ class Distillation(nn.Module):
             parameter.requires_grad_(is_ahn_tensor(name))
 
     def forward(self, input_ids: torch.Tensor, window: int, sinks: int) -> dict[str, torch.Tensor]:
-        """The loss over ``input_ids [B, T]``, ``T > window + sinks``: the mean over positions that read the memory."""
+        """Compute the mean loss over the positions that read the memory, in nats a token.
+
+        Args:
+            input_ids: ``[B, T]``, ``T > window + sinks``.
+            window: W, tokens.
+            sinks: S, tokens.
+
+        Returns:
+            ``loss``, a scalar, as the trainer takes it.
+        """
         assert self.model.ahn is not None
         beyond = slice(window + sinks, input_ids.shape[1])
         ahn = dataclasses.replace(self.model.ahn, window=window, sinks=sinks)
@@ -66,5 +75,5 @@ class Distillation(nn.Module):
 
 
 def trained_tensors(model: ReferenceModel) -> dict[str, torch.Tensor]:
-    """The AHN's tensors under their names in checkpoints."""
+    """Return the AHN's tensors under their names in checkpoints."""
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if is_ahn_tensor(name)}

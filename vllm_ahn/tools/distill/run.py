@@ -1,4 +1,4 @@
-"""One training run from beginning to end."""
+"""A training run from beginning to end."""
 
 from __future__ import annotations
 
@@ -27,11 +27,16 @@ SETTINGS_FILE = "distill.json"
 
 
 def distill(settings: Settings) -> pathlib.Path:
-    """Trains an AHN and writes it to ``settings.output``, which is returned: a checkpoint to serve the base with.
+    """Train an AHN and write it to ``settings.output``.
 
     Beside it stay ``distill.json`` (the settings), ``loss.json`` and ``loss.png`` (the curve) and the newest
-    ``checkpoint-N`` folders, from which a run that was cut short goes on. Raises `AHNError` for what is wrong with
-    base, data or output, before anything is trained, and when training diverges.
+    ``checkpoint-N`` folders, from which a run that was cut short continues.
+
+    Returns:
+        The folder of the checkpoint to serve the base with.
+
+    Raises:
+        AHNError: base, data or output are bad, which is found before anything is trained; or training diverges.
     """
     from transformers import AutoTokenizer
 
@@ -78,12 +83,12 @@ def _check_output(settings: Settings, output: pathlib.Path) -> str | None:
         return last
     # What the first has written already, the others find there.
     if is_first_process() and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AHNError(f"--output {output}: exists, expected a new or empty folder, or --resume to go on with a run")
+        raise AHNError(f"--output {output}: exists, expected a new or empty folder, or --resume to continue a run")
     return None
 
 
 def is_first_process() -> bool:
-    """Whether this is the process, of those that torchrun or Accelerate started, that writes and reports."""
+    """Return whether this is the process, of those that torchrun or Accelerate started, that writes and reports."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,4 +1,4 @@
-"""All that decides a training run."""
+"""The settings that decide a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_ahn.tools.distill.lengths import LOSSLESS, MAX_RATIO, SINKS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A training run. The defaults are the paper's. Raises `AHNError` for what cannot be."""
+    """A training run. The defaults are the paper's. Raises `AHNError` for a value that is not possible."""
 
     base: str
     """The model to extend: a folder or a hub repository."""
@@ -28,10 +28,11 @@ class Settings:
     """One of `vllm_ahn.memory.spec.MEMORIES`."""
 
     use_q_proj: bool = False
-    """The memory's queries have a projection of their own, which the published ones do not (GatedDeltaNet only)."""
+    """The memory's queries have a projection of their own, which the published checkpoints lack
+    (`MemorySpec.own_query`)."""
 
     length: int = 24_576
-    """Most tokens of a sample."""
+    """Max tokens of a sample."""
 
     window: int | None = None
     sinks: int | None = None
@@ -44,10 +45,10 @@ class Settings:
     """What S is drawn from, tokens."""
 
     max_ratio: int = MAX_RATIO
-    """A sample is less than so many times as long as the W + S that is drawn for it."""
+    """A sample is shorter than this many times the W + S that is drawn for it."""
 
     loss: Literal["kl", "ce"] = "kl"
-    """``kl``: towards the teacher's distribution. ``ce``: towards the text's own next token."""
+    """``kl``: divergence from the teacher's distribution. ``ce``: cross entropy of the text's next token."""
 
     steps: int = 740
     batch_size: int = 128
@@ -69,21 +70,22 @@ class Settings:
     """Of the frozen base: float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU."""
 
     checkpointing: bool = True
-    """Keep only the layers' inputs for the gradient and compute the layers twice: less memory for more time."""
+    """Keep only the layers' inputs for the gradient, and compute the layers twice: less memory for more time."""
 
     resume: bool = False
-    """Go on from the newest checkpoint in `output`."""
+    """Continue from the newest checkpoint in `output`."""
 
     @property
     def fixed(self) -> tuple[int, int] | None:
-        """W and S of every sample, None where they are drawn."""
+        """W and S of every sample; None if they are drawn."""
         return None if self.window is None or self.sinks is None else (self.window, self.sinks)
 
     def __post_init__(self) -> None:
         if self.memory not in MEMORIES:
             raise AHNError(f"--memory is {self.memory!r}, expected one of {', '.join(SHORT_NAMES)}")
-        if self.use_q_proj and self.memory != "GatedDeltaNet":
-            raise AHNError(f"--use-q-proj is for --memory gdn, but it is {self.memory}")
+        if self.use_q_proj and not MEMORIES[self.memory].own_query:
+            known = ", ".join(memory.short_name for memory in MEMORIES.values() if memory.own_query)
+            raise AHNError(f"--use-q-proj is for --memory {known}, but it is {self.memory}")
         if (self.window is None) != (self.sinks is None):
             raise AHNError("--window and --sinks are expected both or neither")
         if self.window is not None:

@@ -1,4 +1,4 @@
-"""The loop: Hugging Face's ``Trainer``, told what to save, in what order to read, and when to stop."""
+"""The training loop: Hugging Face's ``Trainer``, told what to save, in what order to read, and when to stop."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LOSS_FILE = "loss.json"
 
 
 class DistillationTrainer(Trainer):
-    """Saves checkpoints of the AHN alone, in the layout that is served.
+    """A trainer that saves the AHN alone, in the layout that is served.
 
     Args:
-        config: the ``config.json`` of what is saved.
+        config: the ``config.json`` to save.
     """
 
     def __init__(self, *args: Any, config: dict[str, Any], **kwargs: Any) -> None:
@@ -38,7 +38,7 @@ class DistillationTrainer(Trainer):
         folder = pathlib.Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", self.config)
-        # To go on from: in full precision. What is served is written at the end.
+        # To resume from, in full precision. What is served is written at the end.
         write_weights(folder, trained_tensors(self._distillation.model), "float32", 1)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -79,7 +79,7 @@ class DistillationTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Stops before gradients that are not finite spoil the weights, and writes the loss curve."""
+    """A callback that stops before gradients that are not finite spoil the weights, and writes the loss curve."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -97,7 +97,7 @@ class Watch(TrainerCallback):
 
 
 def write_curve(folder: pathlib.Path, history: list[dict[str, Any]]) -> None:
-    """Writes ``loss.json`` from what the trainer logged: a list of step, loss (nats a token) and learning rate."""
+    """Write ``loss.json`` from what the trainer logged: step, loss (nats a token), learning rate, gradient norm."""
     keys = ("step", "loss", "learning_rate", "grad_norm")
     curve = [{key: entry[key] for key in keys if key in entry} for entry in history if "loss" in entry]
     (folder / LOSS_FILE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
@@ -106,7 +106,7 @@ def write_curve(folder: pathlib.Path, history: list[dict[str, Any]]) -> None:
 def make_trainer(
     settings: Settings, distillation: Distillation, samples: Samples, config: dict[str, Any]
 ) -> DistillationTrainer:
-    """The trainer of a run; ``trainer.train()`` runs it. Raises `AHNError` for a batch that processes cannot share."""
+    """Return the trainer of a run. Raises `AHNError` for a batch that the processes cannot share."""
     folder = pathlib.Path(settings.output)
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -1,39 +1,136 @@
-"""The ways to run one base that are compared: full attention, with YaRN, sinks + window, and AHN checkpoints."""
+"""What is compared: one base, and the ways to run it: full attention, YaRN, sinks + window, and AHN checkpoints."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from vllm_ahn.checkpoint import resolve
+from vllm_ahn.checkpoint import local_folder, looks_merged, resolve
+from vllm_ahn.checkpoint.find import split_revision
+from vllm_ahn.checkpoint.options import read_config
+from vllm_ahn.checkpoint.tensors import PUBLISHED_SIZES, BaseShape
 from vllm_ahn.config import NO_MEMORY, AHNConfig
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate.base import Base, pinned
 
-BASELINES = {
-    "full": "full attention",
-    "yarn": "full attention, YaRN",
-    "window": "sinks + window",
-}
+BASELINES = {"full": "full attention", "yarn": "full attention, YaRN", "window": "sinks + window"}
 """What needs no AHN checkpoint, and what a table calls it."""
 
 PAPER_NAMES = {"GatedDeltaNet": "GDN", "DeltaNet": "DN", "Mamba2": "Mamba2"}
-"""``_ahn_implementation`` -> the paper's name of the row, as in `suites.METHODS`."""
+"""``_ahn_implementation`` -> the paper's row, as in `suites.METHODS`."""
 
-FIXED_ARGUMENTS = (
-    "model", "tokenizer", "revision", "tokenizer_revision", "additional_config", "hf_overrides", "max_model_len",
-    "runner", "max_length", "pretrained", "data_parallel_size", "skip_tokenizer_init",
-)  # fmt: skip
-"""Arguments of `vllm.LLM` that a method or a suite decides, or that one engine a process rules out."""
+_TEXTS = (".json", ".txt", ".jinja")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
-NO_INFLUENCE = (
-    "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs", "download_dir",
-    "max_parallel_loading_workers", "disable_log_stats",
-)  # fmt: skip
-"""Arguments that say where and how much at once: an answer stays the same model's answer under others."""
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model without an AHN."""
+
+    name: str
+    """Folder (absolute) or hub repository."""
+
+    revision: str | None
+    """The commit of the repository; None for a folder."""
+
+    config: dict[str, Any]
+    """Its config.json."""
+
+    files: str
+    """Which files it is, from `pinned`."""
+
+    @classmethod
+    def find(cls, name: str) -> Base:
+        """Find the base `name`: ``FOLDER``, ``REPOSITORY`` or ``REPOSITORY@REVISION``.
+
+        Raises `AHNError` if there is none, or if an AHN is merged in, so that it cannot run with full attention.
+        """
+        found, files, folder = pinned(name)
+        config = read_config(folder, name)
+        if looks_merged(argparse.Namespace(**config)):
+            raise AHNError(
+                f"{name}: has an AHN merged in (_ahn_implementation in its config.json), expected its base as the "
+                "model and the AHN alone as --ahn"
+            )
+        repository, revision = split_revision(found)
+        return cls(repository, revision, config, files)
+
+    @property
+    def positions(self) -> int:
+        """``max_position_embeddings``, tokens."""
+        value = self.config.get("max_position_embeddings")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise AHNError(f"{self.name}: max_position_embeddings is {value!r}, expected a number of tokens")
+        return value
+
+    @property
+    def size(self) -> str | None:
+        """``"7B"`` if the base has the shape of a model in the paper's tables, else None."""
+        name = PUBLISHED_SIZES.get(BaseShape.from_config(self.config, self.name))
+        return name.rpartition("-")[2] if name else None
+
+    def yarn_factor(self, max_model_len: int) -> int | None:
+        """Return the smallest whole factor by which YaRN must stretch the positions; None if they suffice."""
+        return None if max_model_len <= self.positions else math.ceil(max_model_len / self.positions)
+
+    def overrides(self, max_model_len: int, yarn: bool = False) -> dict[str, Any]:
+        """Return vLLM's ``hf_overrides`` for positions up to `max_model_len` tokens.
+
+        They are true and unscaled, as an AHN is served and as the paper ran full attention, or stretched by YaRN.
+
+        Raises:
+            AHNError: the base scales its positions itself, and they do not suffice.
+        """
+        factor = self.yarn_factor(max_model_len)
+        if factor is None:
+            return {}
+        found = (self.config.get(name) for name in ("rope_parameters", "rope_scaling"))
+        rope: Mapping[str, Any] = next((value for value in found if isinstance(value, Mapping)), {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise AHNError(
+                f"{self.name}: scales its positions itself (rope type {kind!r}) up to {self.positions} tokens, "
+                f"expected --max-model-len of at most that instead of {max_model_len}"
+            )
+        if not yarn:
+            return {"max_position_embeddings": max_model_len}
+        theta = rope.get("rope_theta", self.config.get("rope_theta"))
+        if not isinstance(theta, (int, float)):
+            raise AHNError(f"{self.name}: rope_theta is {theta!r} in its config.json, expected a number, for yarn")
+        stretched = {"rope_type": "yarn", "rope_theta": theta, "factor": float(factor)}
+        return {
+            # With YaRN, vLLM and Transformers take this for the stretched length.
+            "max_position_embeddings": factor * self.positions,
+            "rope_parameters": {**stretched, "original_max_position_embeddings": self.positions},
+        }
+
+
+def pinned(name: str) -> tuple[str, str, Path]:
+    """Find out exactly which model `name` is. Raises `AHNError` if there is none.
+
+    Returns:
+        its name: the absolute path of a folder, or ``REPOSITORY@COMMIT``;
+        its files: the commit, or for a folder a hash of its texts and of the names, sizes and times of its weights;
+        the folder with its config.json.
+    """
+    repository, revision = split_revision(name)
+    folder = local_folder(repository, revision, weights=False)
+    if not Path(repository).is_dir():
+        return f"{repository}@{folder.name}", folder.name, folder
+    path = Path(repository).resolve()
+    hashed = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in _TEXTS:
+            hashed.update(f"{file.name}\n".encode() + file.read_bytes())
+        elif file.suffix in _WEIGHTS:
+            status = file.stat()
+            hashed.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return str(path), hashed.hexdigest(), folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,91 +150,55 @@ class Method:
     """The paper's row, one of `suites.METHODS`; None if it has none."""
 
     files: str | None = None
-    """`base.pinned` of the checkpoint."""
+    """Which files the checkpoint is, from `pinned`."""
 
     @property
     def slug(self) -> str:
-        """For file names."""
+        """The method in file names."""
         if self.name in BASELINES:
             return self.name
         readable = re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")[-40:]
         return f"ahn-{readable}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}"
 
     def config(self, base: Base, window: int, sinks: int) -> AHNConfig | None:
-        """What is served, every part of it checked against the base; None for full attention. Raises `AHNError`."""
+        """Return what is served, checked against the base; None for full attention. Raises `AHNError`."""
         if self.ahn is None:
             return None
         setting = {"checkpoint": self.ahn, "window": window, "sinks": sinks}
-        return resolve(setting, base=base.name, base_revision=base.revision, base_config=base.hf_config)
-
-    def engine_arguments(
-        self, base: Base, *, max_model_len: int, window: int, sinks: int, given: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The arguments of `vllm.LLM`; methods differ in ``hf_overrides`` and ``additional_config`` only.
-
-        Args:
-            max_model_len: the longest sequence, tokens.
-            given: what the user asked for, `check_arguments`.
-
-        Raises:
-            AHNError: the base cannot be run so.
-        """
-        arguments = {**given, "model": base.name, "max_model_len": max_model_len}
-        if base.revision is not None:
-            arguments |= {"revision": base.revision, "tokenizer_revision": base.revision}
-        if self.ahn is not None:
-            # Here the plugin enlarges the positions, as for every AHN that is served.
-            arguments["additional_config"] = {"ahn": {"checkpoint": self.ahn, "window": window, "sinks": sinks}}
-        elif changed := base.yarn(max_model_len) if self.name == "yarn" else base.unscaled(max_model_len):
-            arguments["hf_overrides"] = changed
-        return arguments
+        return resolve(
+            setting, base=base.name, base_revision=base.revision, base_config=argparse.Namespace(**base.config)
+        )
 
 
 def find_methods(baselines: Sequence[str], checkpoints: Sequence[str], base: Base) -> list[Method]:
-    """The methods asked for, in the order of a table, each once.
+    """Return the methods asked for, in the order of a table, each once.
 
     Args:
         baselines: keys of `BASELINES`.
         checkpoints: AHN checkpoints for `base`; "none" is the baseline ``window``.
 
     Raises:
-        AHNError: an unknown baseline, no such checkpoint, one for another base, or nothing to do.
+        AHNError: a baseline is unknown, a checkpoint does not exist or is for another base, or nothing is asked for.
     """
     for name in baselines:
         if name not in BASELINES:
             raise AHNError(f"--baselines: {name!r} is unknown, expected some of {', '.join(BASELINES)}")
-    wanted = {"window", *baselines} if NO_MEMORY in checkpoints else set(baselines)
-    methods = [_baseline(name) for name in BASELINES if name in wanted]
+    if NO_MEMORY in checkpoints:
+        baselines = [*baselines, "window"]
+    methods = [
+        Method(name, label, ahn=NO_MEMORY if name == "window" else None, paper=None if name == "yarn" else name)
+        for name, label in BASELINES.items()
+        if name in baselines
+    ]
     for checkpoint in dict.fromkeys(checkpoints):
-        if checkpoint != NO_MEMORY:
-            methods.append(_ahn(checkpoint, base))
+        if checkpoint == NO_MEMORY:
+            continue
+        name, files, _ = pinned(checkpoint)
+        method = Method(checkpoint, checkpoint, ahn=name, files=files)
+        config = method.config(base, 1, 0)
+        assert config is not None and config.memory is not None
+        paper = PAPER_NAMES[config.memory]
+        methods.append(dataclasses.replace(method, label=f"AHN-{paper} ({checkpoint})", paper=paper))
     if not methods:
         raise AHNError("nothing to evaluate: expected --baselines, --ahn, or both")
     return methods
-
-
-def check_arguments(given: object) -> dict[str, Any]:
-    """`given` if it can be arguments of `vllm.LLM` for every method; raises `AHNError`."""
-    if not isinstance(given, dict):
-        raise AHNError(f'--engine-args: {given!r}, expected a JSON object such as {{"block_size": 32}}')
-    if fixed := [name for name in given if name in FIXED_ARGUMENTS]:
-        raise AHNError(f"--engine-args: {', '.join(fixed)} is decided by the evaluation, expected other arguments")
-    return given
-
-
-def _baseline(name: str) -> Method:
-    return Method(
-        name,
-        BASELINES[name],
-        ahn=NO_MEMORY if name == "window" else None,
-        paper=None if name == "yarn" else name,
-    )
-
-
-def _ahn(checkpoint: str, base: Base) -> Method:
-    name, files, _ = pinned(checkpoint)
-    method = Method(checkpoint, checkpoint, ahn=name, files=files)
-    config = method.config(base, 1, 0)
-    assert config is not None and config.memory is not None  # what has none is refused above
-    short = PAPER_NAMES[config.memory]
-    return dataclasses.replace(method, label=f"AHN-{short} ({checkpoint})", paper=short)

@@ -9,12 +9,7 @@ from vllm_ahn.errors import AHNError
 
 
 def require(name: str, purpose: str) -> ModuleType:
-    """The module `name`, imported; raises `AHNError` if it is not installed.
-
-    Args:
-        name: of the module and of the distribution.
-        purpose: what needs it, for the sentence.
-    """
+    """Import the module `name`. Raises `AHNError`, which says that `purpose` needs it, if it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -2,110 +2,84 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from array import array
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate.answers import Answers
-from vllm_ahn.tools.evaluate.engine import HeldCache, run_requests
-from vllm_ahn.tools.evaluate.positions import bucketed, even_edges, token_bytes
+import numpy as np
+
+from vllm_ahn.tools.evaluate import texts
+from vllm_ahn.tools.evaluate.answers import Answers, ask
+
+if TYPE_CHECKING:
+    from vllm_ahn.tools.evaluate.plan import Row
 
 BUCKETS = 32
 """Points of a curve."""
 
 AFTER_PROMPT = 3
-"""Tokens that are generated: the engine gives none of the prompt's log-probabilities without one, and while it makes
-the third the cache that the whole text needs, and no step's tokens more, is held."""
+"""Tokens that are generated: the engine gives no log-probabilities of the prompt without one, and while it makes the
+third, it holds the cache that the whole text needs, without a step's tokens on top."""
 
 
 def engine_arguments(context: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for texts of `context` tokens, for every method, unless the user has given others."""
+    """Return the default arguments of `vllm.LLM` for texts of `context` tokens, the same for every method."""
     return {
         # A cached prefix is not computed, so it would have no log-probabilities.
         "enable_prefix_caching": False,
-        # The cache of a step's tokens is held in any case, so steps are to be short beside the text; and the logits
-        # of a whole step are in memory at once, 4 bytes for each token of the vocabulary.
+        # The cache of a step's tokens is held in any case, so steps must be short beside the text; and the logits of a
+        # whole step are in memory at once, 4 bytes for each token of the vocabulary.
         "max_num_batched_tokens": min(1024, max(32, context // BUCKETS)),
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Stretch:
-    """A piece of text that is read from its start."""
-
-    source: str
-    tokens: list[int]
-    sizes: list[int]
-    """UTF-8 bytes of each token."""
-
-
-def cut_text(tokenizer: Any, source: str, text: str, context: int) -> list[Stretch]:
-    """`text` in stretches of `context` tokens, the last one shorter; without special tokens."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens, sizes = encoded["input_ids"], token_bytes(text, [end for _, end in encoded["offset_mapping"]])
-    starts = range(0, len(tokens), context)
-    pieces = [Stretch(source, tokens[start : start + context], sizes[start : start + context]) for start in starts]
-    return [piece for piece in pieces if len(piece.tokens) > 1]  # the first token is predicted from nothing
-
-
-def longest_book(tokenizer: Any, books: Iterable[tuple[str, str]], context: int) -> Stretch:
-    """The first `context` tokens of the first book that has as many, or the longest book if none has.
+def measure(row: Row, answers: Answers, send: Callable[..., None]) -> dict[str, Any]:
+    """Measure perplexity by position over all stretches, and the cache held by the first.
 
     Args:
-        books: title and text.
-    """
-    best: Stretch | None = None
-    for title, text in books:
-        for stretch in cut_text(tokenizer, title, text, context)[:1]:
-            if best is None or len(stretch.tokens) > len(best.tokens):
-                best = stretch
-        if best is not None and len(best.tokens) == context:
-            break
-    if best is None:
-        raise AHNError("pg19: no text in the data, expected books")
-    return best
-
-
-def measure(
-    llm: Any,
-    stretches: Sequence[Stretch],
-    answers: Answers,
-    *,
-    capacity: int,
-    context: int,
-    progress: Callable[[int, bool], None],
-) -> dict[str, Any]:
-    """Perplexity by position over all stretches, and the cache held by the first.
-
-    Args:
-        llm: in this process, with `engine_arguments`.
-        capacity: W + S. Tokens are also summed up by whether the window had been left when they were predicted.
-        context: tokens of a whole stretch.
-        progress: called for every stretch with its number, and whether its answer was kept from before.
+        send: takes a worker's events.
 
     Returns:
-        JSON values: ``buckets`` (`positions.Bucket.describe`), ``inside``, ``beyond`` and ``all`` (the same, in one
-        bucket each), ``held``: pairs of tokens so far and bytes of cache, ``block_bytes``, ``stretches``, ``tokens``.
+        JSON values: ``buckets``, ``all``, ``within_window`` and ``beyond_window`` (`bucketed`, all but the
+        first in one bucket each; a token is beyond the window if more than W + S tokens come before it), ``held``:
+        pairs of tokens so far and bytes of cache, ``block_bytes``, ``stretches``, ``tokens``, ``sources``.
     """
-    keys = [answers.key({"prompt_logprobs": _hash_tokens(stretch.tokens)}) for stretch in stretches]
-    missing = [number for number, key in enumerate(keys) if answers.get(key) is None]
-    for number in sorted(set(range(len(stretches))) - set(missing)):
-        progress(number, True)
-    # The first is alone in the engine, so that what is held is held for it.
-    for batch in (missing[:1], missing[1:]) if missing[:1] == [0] else ([], missing):
-        _ask(llm, stretches, batch, keys, answers, alone=batch == [0], progress=progress)
+    from vllm import LLM, SamplingParams
 
-    values = [answers.get(key) for key in keys]
-    read = [(value["logprobs"], stretch.sizes) for value, stretch in zip(values, stretches, strict=True) if value]
-    limits = {"inside": (1, min(capacity + 1, context)), "beyond": (capacity + 1, context), "all": (1, context)}
-    sums = {name: bucketed(read, edges)[0].describe() for name, edges in limits.items() if edges[0] < edges[1]}
-    first = values[0] or {}
+    setting = row.setting
+    llm = LLM(**row.engine)
+    stretches = texts.read_stretches(llm.get_tokenizer(), setting.texts, setting.data, setting.context, setting.limit)
+    send(tasks={"text": len(stretches)})
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, detokenize=False)
+    to_the_end = params.clone()
+    to_the_end.max_tokens = AFTER_PROMPT
+    (block_bytes, read_cache), held = held_cache(llm), []
+
+    def after_step() -> None:
+        if (reading := read_cache()) is not None:
+            held.append(reading)
+
+    def answered(kept: bool) -> None:
+        send(answer="text", kept=kept)
+
+    # The first is alone in the engine, so that what is held is held for it.
+    [first] = ask(
+        llm,
+        [(stretches[0].tokens, to_the_end)],
+        answers,
+        lambda output: {"logprobs": prompt_logprobs(output), "held": held, "block_bytes": block_bytes},
+        answered,
+        after_step,
+    )
+    others = [(stretch.tokens, params) for stretch in stretches[1:]]
+    rest = ask(llm, others, answers, lambda output: {"logprobs": prompt_logprobs(output)}, answered)
+
+    measured = [(a["logprobs"], stretch.sizes) for a, stretch in zip([first, *rest], stretches, strict=True)]
+    edge, end = min(setting.capacity + 1, setting.context), setting.context
+    parts = {"all": (1, end), "within_window": (1, edge), "beyond_window": (edge, end)}
     return {
-        "buckets": [bucket.describe() for bucket in bucketed(read, even_edges(context, BUCKETS))],
-        **sums,
+        "buckets": bucketed(measured, even_edges(end, BUCKETS)),
+        **{name: bucketed(measured, limits)[0] for name, limits in parts.items() if limits[0] < limits[1]},
         "held": first["held"],
         "block_bytes": first["block_bytes"],
         "stretches": len(stretches),
@@ -114,40 +88,69 @@ def measure(
     }
 
 
-def _ask(
-    llm: Any,
-    stretches: Sequence[Stretch],
-    numbers: Sequence[int],
-    keys: Sequence[str],
-    answers: Answers,
-    *,
-    alone: bool,
-    progress: Callable[[int, bool], None],
-) -> None:
-    from vllm import SamplingParams
+def bucketed(stretches: Sequence[tuple[Sequence[float], Sequence[int]]], edges: Sequence[int]) -> list[dict[str, Any]]:
+    """Sum `stretches` of text over the buckets between neighbouring `edges`.
 
-    cache = HeldCache(llm)
-    held: list[tuple[int, int]] = []
-    params = SamplingParams(
-        temperature=0, max_tokens=AFTER_PROMPT, ignore_eos=True, prompt_logprobs=0, detokenize=False
-    )
+    Args:
+        stretches: for each the log-probabilities of its tokens but the first (element i is of the token at position
+            i + 1, predicted from i + 1 tokens), and the UTF-8 bytes of all its tokens.
+        edges: ascending positions. A token outside them is not counted.
 
-    def after_step() -> None:
-        if alone and (reading := cache.read()) is not None:
-            held.append(reading)
-
-    def finished(number: int, output: Any) -> None:
-        stretch = stretches[numbers[number]]
-        entries = zip(stretch.tokens[1:], output.prompt_logprobs[1:], strict=True)
-        logprobs = [float(entry[token].logprob) for token, entry in entries]
-        value: dict[str, Any] = {"logprobs": logprobs}
-        if alone:
-            value |= {"held": held, "block_bytes": cache.block_bytes}
-        answers.put(keys[numbers[number]], value)
-        progress(numbers[number], False)
-
-    run_requests(llm, [(stretches[number].tokens, params) for number in numbers], finished, after_step)
+    Returns:
+        for each bucket ``start`` and ``end``: its tokens were predicted from ``start`` to ``end`` - 1 tokens before
+        them; ``tokens``; ``nats``, their sum of -ln p; ``bytes``; ``perplexity``, exp of nats a token, None without
+        tokens; ``bits_per_byte``, comparable between tokenizers, None without bytes.
+    """
+    positions = np.concatenate([np.arange(1, len(logprobs) + 1) for logprobs, _ in stretches])
+    sizes = np.concatenate([sizes[1 : len(logprobs) + 1] for logprobs, sizes in stretches])
+    nats = -np.concatenate([logprobs for logprobs, _ in stretches])
+    limits = np.asarray(edges) - 0.5  # between positions: np.histogram counts what is on the last edge
+    sums = [np.histogram(positions, limits, weights=weights)[0].tolist() for weights in (None, nats, sizes)]
+    return [
+        {
+            "start": start,
+            "end": end,
+            "tokens": int(tokens),
+            "nats": nats,
+            "bytes": int(size),
+            "perplexity": math.exp(nats / tokens) if tokens else None,
+            "bits_per_byte": nats / math.log(2) / size if size else None,
+        }
+        for start, end, tokens, nats, size in zip(edges[:-1], edges[1:], *sums, strict=True)
+    ]
 
 
-def _hash_tokens(tokens: Sequence[int]) -> str:
-    return hashlib.sha256(array("I", tokens).tobytes()).hexdigest()
+def even_edges(length: int, count: int) -> list[int]:
+    """Return the edges of at most `count` buckets of one width over the positions 1 .. `length` - 1.
+
+    The last bucket may be narrower.
+    """
+    width = max(1, math.ceil((length - 1) / count))
+    return [*range(1, length, width), length]
+
+
+def held_cache(llm: Any) -> tuple[int, Callable[[], tuple[int, int] | None]]:
+    """Look into the cache of `llm`, a `vllm.LLM` in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``).
+
+    Returns:
+        the bytes of a block, over all layers and workers; and a function that reads the tokens of the only request so
+        far and the bytes held for them, None if there is no request.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    config, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
+    # Every entry gives the size of the one allocation, in which the groups of an AHN lie over each other.
+    of_worker = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+    block_bytes = of_worker * llm.llm_engine.vllm_config.parallel_config.world_size
+
+    def read() -> tuple[int, int] | None:
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
+        running = scheduler.running
+        return (running[0].num_computed_tokens, held * block_bytes) if running else None
+
+    return block_bytes, read
+
+
+def prompt_logprobs(output: Any) -> list[float]:
+    """Return the log-probability of every token of a prompt but the first, from a ``RequestOutput``."""
+    entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [float(entry[token].logprob) for token, entry in entries]

@@ -1,31 +1,27 @@
-"""What has to be run: every suite with every method, checked before anything starts."""
+"""What is run: every suite with every method, checked before anything starts."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_ahn import __version__
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate import infinitebench, longbench, lveval, perplexity, texts
-from vllm_ahn.tools.evaluate.base import Base
-from vllm_ahn.tools.evaluate.data import DATA_VARIABLE, DataFile, local_file
-from vllm_ahn.tools.evaluate.jobs import Job, identity
-from vllm_ahn.tools.evaluate.methods import Method
-from vllm_ahn.tools.evaluate.suites import LONGBENCH_SETS, LVEVAL_SETS, Suite
+from vllm_ahn.tools.evaluate import perplexity, texts
+from vllm_ahn.tools.evaluate.data import data_root
+from vllm_ahn.tools.evaluate.methods import Base, Method
+from vllm_ahn.tools.evaluate.suites import Suite
+from vllm_ahn.tools.evaluate.tasks import RULER_GROUPS
 
-DATA_FILES: dict[str, tuple[DataFile, ...]] = {
-    "lveval-128k": tuple(lveval.data_file(f"{name}_128k") for name in LVEVAL_SETS),
-    "infinitebench": tuple(infinitebench.data_file(name) for name in infinitebench.SETS),
-    "longbench": tuple(longbench.data_file(name) for name in LONGBENCH_SETS),
-}
-"""Suite -> what a local data folder must hold for it."""
-
-RULER = "ruler-128k"
-RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-"""The lengths that lm-eval's RULER tasks have a metric for."""
+NO_INFLUENCE = (
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs", "download_dir",
+    "max_parallel_loading_workers", "disable_log_stats",
+)  # fmt: skip
+"""Arguments of `vllm.LLM` that do not change answers: where things lie, and how much runs at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,77 +56,64 @@ class Setting:
         """Tokens of a stretch of text whose perplexity is measured."""
         return self.max_model_len - perplexity.AFTER_PROMPT
 
+    def lm_eval(self) -> tuple[str, dict[str, Any], str]:
+        """Return lm-eval's group to run, its metadata, and the name of the score."""
+        found: dict[str, Any] = {} if self.data is None else {"data_folder": self.data}
+        if self.suite.group in RULER_GROUPS:
+            fits = {length: group for group, length in RULER_GROUPS.items() if length <= self.max_model_len}
+            return fits[max(fits)], found, str(max(fits))
+        if self.prompt_tokens < self.suite.max_prompt_tokens:
+            found["max_prompt_tokens"] = self.prompt_tokens
+        return self.suite.group, found, "score"
+
     def departures(self) -> list[str]:
-        """In what the run differs from the paper's, in words; empty if it can be compared with it."""
+        """Return how the run differs from the paper's, in words; empty if it can be compared with it."""
         suite = self.suite
-        found = [
-            f"{name} {ours:,} instead of {theirs:,}"
-            for name, ours, theirs in (
-                ("window", self.window, suite.window),
-                ("sinks", self.sinks, suite.sinks),
-                ("prompts of at most", self.prompt_tokens, suite.max_prompt_tokens),
-            )
-            if ours != theirs
-        ]
+        lengths = (
+            ("window", self.window, suite.window),
+            ("sinks", self.sinks, suite.sinks),
+            ("prompts of at most", self.prompt_tokens, suite.max_prompt_tokens),
+        )
+        found = [f"{name} {ours:,} instead of {theirs:,}" for name, ours, theirs in lengths if ours != theirs]
         if self.limit is not None:
             found.append(f"only the first {self.limit} samples of each set")
         return found
 
     def check(self) -> None:
-        """Raises `AHNError` for lengths with which the suite means nothing, and for data that is not there."""
+        """Raise `AHNError` for lengths that make the suite meaningless, and for missing data."""
         name, room = self.suite.name, self.max_model_len - self.suite.max_answer_tokens
-        least = RULER_LENGTHS[0] if self.suite.name == RULER else self.suite.max_answer_tokens + 3
-        if self.max_model_len < least:
-            raise AHNError(f"{name}: --max-model-len is {self.max_model_len}, expected at least {least}")
+        minimum = self.suite.max_answer_tokens + 3
+        if self.suite.group in RULER_GROUPS:
+            minimum = min(RULER_GROUPS.values())
+        if self.max_model_len < minimum:
+            raise AHNError(f"{name}: --max-model-len is {self.max_model_len}, expected at least {minimum}")
         if room <= self.capacity:
             raise AHNError(
                 f"{name}: prompts of {room} tokens (--max-model-len {self.max_model_len}, less the answer) never leave "
                 f"window and sinks, {self.window} + {self.sinks}, expected a smaller --window"
             )
-        if self.suite.kind == "perplexity":
-            if self.texts is None:
-                texts.pg19_folder(self.data)
-            elif not "".join(texts.read_text(text) for text in self.texts).strip():
+        if self.texts is not None:
+            if not "".join(texts.read_text(text) for text in self.texts).strip():
                 raise AHNError(f"--text: {', '.join(self.texts)} holds no text, expected some")
-        elif root := self.data or os.environ.get(DATA_VARIABLE):
-            for file in DATA_FILES.get(name, ()):
-                local_file(Path(root), file)
-
-    def questions(self) -> dict[str, Any]:
-        """`Job.questions`."""
-        suite = self.suite
-        if suite.kind == "perplexity":
-            return {"texts": self.texts, "data": self.data, "context": self.context, "limit": self.limit}
-        asked: dict[str, Any] = {"limit": self.limit, "metric": suite.metric, "group": suite.group, "metadata": {}}
-        asked["lm_eval_tasks"] = suite.name == RULER  # it takes lm-eval seconds to look through its own
-        if self.data is not None:
-            asked["metadata"]["data_folder"] = self.data
-        if suite.name == RULER:
-            length = max(length for length in RULER_LENGTHS if length <= self.max_model_len)
-            if length < suite.max_model_len:
-                metadata = {"version": 1.0, "max_seq_lengths": [length]}
-                tasks = [{"task": task, "metadata": metadata} for task in suite.tasks]
-                asked |= {"metric": str(length), "group": {"group": f"ahn_ruler_niah_{length}", "task": tasks}}
-        elif self.prompt_tokens < suite.max_prompt_tokens:
-            asked["metadata"]["max_prompt_tokens"] = self.prompt_tokens
-        return asked
+        elif self.suite.kind == "perplexity":
+            texts.pg19_folder(self.data)
+        elif root := data_root(self.data):
+            for file in self.suite.files:
+                file.local(root)
 
 
-def make_setting(
-    suite: Suite, *, max_model_len: int | None = None, window: int | None = None, sinks: int | None = None, **more: Any
-) -> Setting:
-    """The setting of `suite` with the paper's lengths where none is given, checked. Raises `AHNError`.
+def make_setting(suite: Suite, *, max_model_len: int | None = None, **more: Any) -> Setting:
+    """Return the checked setting of `suite`, with the paper's lengths where one is None. Raises `AHNError`.
 
     Args:
-        max_model_len: tokens; a suite that needs less takes less.
+        max_model_len: tokens; a suite that needs fewer takes fewer.
         more: other fields of `Setting`.
     """
     setting = Setting(
         suite,
-        max_model_len=suite.max_model_len if max_model_len is None else min(max_model_len, suite.max_model_len),
-        window=suite.window if window is None else window,
-        sinks=suite.sinks if sinks is None else sinks,
-        **more,
+        max_model_len=min(max_model_len or suite.max_model_len, suite.max_model_len),
+        **{name: getattr(suite, name) for name in ("window", "sinks")}
+        | {name: value for name, value in more.items() if value is not None},
     )
     setting.check()
     return setting
@@ -138,58 +121,79 @@ def make_setting(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One method of one suite: a job, or why there is none."""
+    """One method of one suite: all that a worker process is told."""
 
     setting: Setting
     method: Method
-    job: Job | None
-    note: str = ""
+    engine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of `vllm.LLM`."""
+
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What decides the model's answers besides the question and the device: no paths or names, but the files
+    themselves (`Base.files`), how they are run, and by which versions."""
+
+    not_run: str = ""
+    """Why there is nothing to run."""
+
+    @property
+    def name(self) -> str:
+        """The row in file names."""
+        return f"{self.setting.suite.name}.{self.method.slug}"
+
+    @property
+    def key(self) -> str:
+        """A hash of the row and of the code that asks and scores: a row finished under it is not run again."""
+        code = [(path.name, path.read_bytes()) for path in sorted(Path(__file__).parent.iterdir()) if path.is_file()]
+        return hashlib.sha256(repr((self, versions(), code)).encode()).hexdigest()
 
 
 def make_plan(
-    settings: Sequence[Setting],
-    methods: Sequence[Method],
-    base: Base,
-    given: Mapping[str, Any],
-    progress: Callable[[str], None] = lambda text: None,
+    settings: Sequence[Setting], methods: Sequence[Method], base: Base, given: Mapping[str, Any]
 ) -> list[Row]:
-    """Every setting with every method; raises `AHNError` for what cannot be run, whichever row it is.
+    """Return every setting with every method. Raises `AHNError` if any of them cannot run.
 
     Args:
-        given: the user's arguments of `vllm.LLM`, `methods.check_arguments`.
-        progress: called with what is being checked.
+        given: the arguments of `vllm.LLM` that the user chose.
     """
-    rows = []
-    for setting in settings:
-        for method in methods:
-            progress(f"checking {setting.suite.name}, {method.label}")
-            rows.append(_row(setting, method, base, given))
-    return rows
+    return [_row(setting, method, base, given) for setting in settings for method in methods]
 
 
 def _row(setting: Setting, method: Method, base: Base, given: Mapping[str, Any]) -> Row:
-    if method.name == "yarn" and base.yarn_factor(setting.max_model_len) is None:
-        note = (
-            f"not run: {setting.max_model_len:,} tokens fit the base's own {base.positions:,}, so it is full attention"
-        )
-        return Row(setting, method, None, note)
-    config = method.config(base, setting.window, setting.sinks)
+    length = setting.max_model_len
+    if method.name == "yarn" and base.yarn_factor(length) is None:
+        fits = f"{length:,} tokens fit the base's own {base.positions:,}, so it is full attention"
+        return Row(setting, method, not_run=f"not run: {fits}")
     defaults = perplexity.engine_arguments(setting.context) if setting.suite.kind == "perplexity" else {}
-    engine = method.engine_arguments(
-        base,
-        max_model_len=setting.max_model_len,
-        window=setting.window,
-        sinks=setting.sinks,
-        given={**defaults, **given},
-    )
-    job = Job(
-        suite=setting.suite.name,
-        method=method.slug,
-        label=method.label,
-        engine=engine,
-        capacity=setting.capacity,
-        identity=identity(method, base, config, engine),
-        questions=setting.questions(),
-        kind=setting.suite.kind,
-    )
-    return Row(setting, method, job)
+    # All that decides how the model answers. Methods differ in additional_config and hf_overrides only.
+    engine = {**defaults, **given, "max_model_len": length}
+    served = {}
+    if config := method.config(base, setting.window, setting.sinks):
+        # The plugin extends the positions, as for every AHN that is served.
+        engine["additional_config"] = {
+            "ahn": {"checkpoint": method.ahn, "window": setting.window, "sinks": setting.sinks}
+        }
+        served = {name: value for name, value in config.to_dict().items() if name not in ("checkpoint", "revision")}
+    elif overrides := base.overrides(length, yarn=method.name == "yarn"):
+        engine["hf_overrides"] = overrides
+    identity = {
+        "base": base.files,
+        "ahn": served,
+        "ahn_files": method.files,
+        "engine": {k: v for k, v in engine.items() if k not in ("additional_config", *NO_INFLUENCE)},
+        "versions": {name: found for name, found in versions().items() if name != "lm-eval"},
+    }
+    engine["model"] = base.name
+    if base.revision is not None:
+        engine |= {"revision": base.revision, "tokenizer_revision": base.revision}
+    return Row(setting, method, engine, identity)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of what it runs on, as far as installed."""
+    found = {"vllm-ahn": __version__}
+    for name in ("vllm", "torch", "transformers", "lm-eval"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,11 +1,11 @@
 """Prompts that fit: the context is cut, by the model's own tokens, until the prompt is no longer than allowed.
 
-lm-eval hands tasks no tokenizer, but it does hand the model's arguments to a task's ``custom_dataset`` function. So
-documents carry what making their prompt takes (`PromptSettings`), and `doc_to_text` makes it when it is asked for:
-with ``--limit 10`` ten prompts are tokenized and not the whole set.
+lm-eval gives tasks no tokenizer, but it passes the model's arguments to a task's ``custom_dataset`` function. So a
+document carries what its prompt needs (`PromptSettings`), and `doc_to_text` makes the prompt when lm-eval asks for it:
+with ``--limit 10``, ten prompts are tokenized instead of the whole set.
 
-lm-eval can apply a chat template only to all tasks of a run or to none, and knows nothing of the limit. Here a task
-applies it by itself, and it counts towards the limit: run lm-eval without ``--apply_chat_template``.
+lm-eval applies a chat template to all tasks of a run or to none, and does not know the limit. Here each task applies it
+itself, and it counts towards the limit: run lm-eval without ``--apply_chat_template``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from vllm_ahn.errors import AHNError
+from vllm_ahn.errors import AHNError, first_line
 
 Cut = Literal["middle", "left"]
 """Where a context loses tokens: ``middle``, so that the prompt keeps as many of its first as of its last tokens, or
@@ -31,11 +31,11 @@ class PromptSettings:
     """Folder or hub repository."""
 
     max_tokens: int
-    """The longest prompt, with the chat template and whatever the tokenizer puts around a text."""
+    """The longest prompt, with the chat template and the tokenizer's special tokens."""
 
     cut: Cut
     chat_template: bool
-    """Whether the prompt is a user's turn, or plain text that the model continues."""
+    """Whether the prompt is a user's turn; otherwise the model continues plain text."""
 
     revision: str | None = None
     """Of the tokenizer's repository."""
@@ -46,11 +46,12 @@ class PromptSettings:
     def from_metadata(
         cls, metadata: Mapping[str, Any], *, max_tokens: int, cut: Cut, chat_template: bool
     ) -> PromptSettings:
-        """The settings of a set, with what lm-eval's metadata says instead.
+        """Return a set's settings as lm-eval's metadata changes them.
 
         Args:
             metadata: the model's arguments, ``pretrained`` and if given ``tokenizer``, ``tokenizer_revision`` and
                 ``trust_remote_code``; and from ``--metadata`` the user's ``max_prompt_tokens`` and ``chat_template``.
+            max_tokens, cut, chat_template: the set's own.
 
         Raises:
             AHNError: no tokenizer is named, or a value is of the wrong kind.
@@ -71,23 +72,16 @@ class PromptSettings:
         return cls(tokenizer, limit, cut, chat, revision, bool(metadata.get("trust_remote_code", False)))
 
 
-def split_template(template: str, question: str) -> tuple[str, str]:
-    """What stands before and after the context in `template`, which has one ``{context}`` and after it one
-    ``{input}``, the question."""
-    before, after = template.split("{context}")
-    return before, after.replace("{input}", question)
-
-
 def doc_to_text(doc: Mapping[str, Any]) -> str:
-    """The prompt of a document: `fit` of its fields; for lm-eval. Raises `AHNError`."""
+    """Make the prompt of a document (`fit`); for lm-eval. Raises `AHNError`."""
     return fit(doc["before"], doc["context"], doc["after"], PromptSettings(**doc["prompt_settings"]))
 
 
 def fit(before: str, context: str, after: str, settings: PromptSettings) -> str:
-    """The prompt ``before + context + after``, in the chat template if so set, of at most ``settings.max_tokens``.
+    """Return ``before + context + after``, in the chat template if so set, cut to at most ``settings.max_tokens``.
 
-    Only the context loses tokens, and characters only as a whole. The text around a cut may be tokenized in a new way;
-    when the prompt is still too long for that, more is cut. So it may be a few tokens shorter than the limit.
+    Only the context loses tokens, and only whole characters. The text around a cut may be tokenized differently; if
+    that makes the prompt too long, more is cut. So it may be a few tokens shorter than the limit.
 
     Raises:
         AHNError: the prompt is too long without any context, or there is no chat template.
@@ -119,15 +113,14 @@ def fit(before: str, context: str, after: str, settings: PromptSettings) -> str:
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, a "fast" one; raises `AHNError` if there is none."""
+    """Load a model's "fast" tokenizer. Raises `AHNError` if there is none."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AHNError(
-            f"{name}: its tokenizer, which counts the tokens of prompts, cannot be loaded ({reason})"
+            f"{name}: its tokenizer, which counts the tokens of prompts, cannot be loaded ({first_line(error)})"
         ) from error
     if not tokenizer.is_fast:
         raise AHNError(f"{name}: its tokenizer does not say where its tokens lie in a text, expected a fast tokenizer")

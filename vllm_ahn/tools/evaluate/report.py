@@ -5,41 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_ahn.tools.evaluate.base import Base
-from vllm_ahn.tools.evaluate.jobs import versions
-from vllm_ahn.tools.evaluate.methods import Method
-from vllm_ahn.tools.evaluate.plan import Setting
+from vllm_ahn.tools.evaluate.methods import Base, Method
+from vllm_ahn.tools.evaluate.plan import Setting, versions
 from vllm_ahn.tools.evaluate.runner import Outcome
+from vllm_ahn.tools.evaluate.suites import Suite
 
 
 def build_report(outcomes: Sequence[Outcome], base: Base, command: str) -> dict[str, Any]:
-    """Everything that a reader may want to know.
+    """Return all that a reader may want to know.
 
     Returns:
         ``base``, ``command`` and ``versions``; ``suites``, whose content depends only on what was asked and answered;
         ``runs``: when, where, and how often the model was asked.
     """
-    settings = dict.fromkeys(outcome.row.setting for outcome in outcomes)
+    by_setting: dict[Setting, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_setting.setdefault(outcome.row.setting, []).append(outcome)
     return {
         "base": {"name": base.name, "revision": base.revision, "size": base.size, "files": base.files},
         "command": command,
         "versions": versions(),
-        "suites": [
-            _suite(setting, [outcome for outcome in outcomes if outcome.row.setting == setting], base)
-            for setting in settings
-        ],
-        "runs": [_run(outcome) for outcome in outcomes if outcome.result is not None],
+        "suites": [_suite(setting, found, base) for setting, found in by_setting.items()],
+        "runs": [_run(outcome, outcome.result) for outcome in outcomes if outcome.result is not None],
     }
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Whether any row has failed."""
+    """Return whether any row has failed."""
     return any(row["status"] == "failed" for suite in report["suites"] for row in suite["rows"])
 
 
 def _suite(setting: Setting, outcomes: Sequence[Outcome], base: Base) -> dict[str, Any]:
-    suite = setting.suite
-    departures = setting.departures()
+    suite, departures = setting.suite, setting.departures()
     return {
         "name": suite.name,
         "title": suite.title,
@@ -55,28 +52,30 @@ def _suite(setting: Setting, outcomes: Sequence[Outcome], base: Base) -> dict[st
             "limit": setting.limit,
         },
         "departures": departures,
-        "rows": [_row(setting, outcome, base, comparable=not departures) for outcome in outcomes],
+        "rows": [_row(outcome, base, comparable=not departures) for outcome in outcomes],
     }
 
 
-def _row(setting: Setting, outcome: Outcome, base: Base, comparable: bool) -> dict[str, Any]:
-    method = outcome.row.method
-    row: dict[str, Any] = {"method": method.name, "label": _label(setting, method, base)}
-    if setting.suite.kind == "lm_eval":
-        row["paper"] = _paper(setting, method, base)
-    if outcome.result is None:
-        status = "failed" if outcome.error else "not run"
-        return row | {"status": status, "why": outcome.error or outcome.row.note}
+def _row(outcome: Outcome, base: Base, comparable: bool) -> dict[str, Any]:
+    setting, method, result = outcome.row.setting, outcome.row.method, outcome.result
+    suite, label = setting.suite, method.label
+    if method.name == "yarn" and (factor := base.yarn_factor(setting.max_model_len)) is not None:
+        label += f" ×{factor}"
+    row: dict[str, Any] = {"method": method.name, "label": label}
+    if suite.kind == "lm_eval":
+        row["paper"] = _paper(suite, method, base)
+    if result is None:
+        return row | {"status": "failed" if outcome.error else "not run", "why": outcome.error or outcome.row.not_run}
     row["status"] = "measured"
-    if setting.suite.kind == "perplexity":
-        return row | {"perplexity": outcome.result["perplexity"]}
-    scores = outcome.result["scores"]
+    if suite.kind == "perplexity":
+        return row | {"perplexity": result["perplexity"]}
+    scores = result["scores"]
     row |= {
         "scores": {task: 100 * entry["score"] for task, entry in scores.items()},
         "stderr": {task: None if e["stderr"] is None else 100 * e["stderr"] for task, e in scores.items()},
         "samples": {task: entry["samples"] for task, entry in scores.items()},
         "all_samples": {task: entry["all"] for task, entry in scores.items()},
-        "average": setting.suite.average({task: entry["score"] for task, entry in scores.items()}),
+        "average": 100 * result["average"],
     }
     if comparable and row["paper"] is not None:
         ours = row["scores"] | {"average": row["average"]}
@@ -85,39 +84,17 @@ def _row(setting: Setting, outcome: Outcome, base: Base, comparable: bool) -> di
     return row
 
 
-def _label(setting: Setting, method: Method, base: Base) -> str:
-    if method.name == "yarn" and (factor := base.yarn_factor(setting.max_model_len)) is not None:
-        return f"{method.label} ×{factor}"
-    return method.label
-
-
-def _paper(setting: Setting, method: Method, base: Base) -> dict[str, Any] | None:
-    """The paper's row in per cent; None if it has no figure for this base and method."""
-    suite = setting.suite
-    if base.size is None or method.paper is None:
+def _paper(suite: Suite, method: Method, base: Base) -> dict[str, Any] | None:
+    """Return the paper's row in per cent; None if it has no figure for this base and method."""
+    figures = {task: score for (*row, task), score in suite.paper.items() if row == [base.size, method.paper]}
+    if not figures:
         return None
-    scores = {task: suite.paper_score(base.size, method.paper, task) for task in suite.tasks}
-    average = suite.paper_score(base.size, method.paper)
-    found = {task: score for task, score in scores.items() if score is not None}
-    if not found and average is None:
-        return None
-    return {"model": f"Qwen2.5-{base.size}-Instruct", "method": method.paper, "scores": found, "average": average}
+    average = figures.pop(None, None)
+    model = f"Qwen2.5-{base.size}-Instruct"
+    return {"model": model, "method": method.paper, "scores": figures, "average": average}
 
 
-def _run(outcome: Outcome) -> dict[str, Any]:
-    job, result = outcome.row.job, outcome.result
-    assert job is not None and result is not None
+def _run(outcome: Outcome, result: dict[str, Any]) -> dict[str, Any]:
     facts = {name: result[name] for name in ("finished", "seconds", "asked", "kept", "device", "versions")}
-    return {"suite": job.suite, "method": job.label, **facts, "engine": job.engine}
-
-
-def short_names(tasks: Sequence[str]) -> list[str]:
-    """Names of tasks without the words that all of them begin and end with: for the head of a table."""
-    words = [task.split("_") for task in tasks]
-    if len(words) < 2:
-        return list(tasks)
-    while all(len(task) > 1 for task in words) and len({task[0] for task in words}) == 1:
-        words = [task[1:] for task in words]
-    while all(len(task) > 1 for task in words) and len({task[-1] for task in words}) == 1:
-        words = [task[:-1] for task in words]
-    return ["_".join(task) for task in words]
+    row = outcome.row
+    return {"suite": row.setting.suite.name, "method": row.method.label, **facts, "engine": row.engine}

@@ -1,44 +1,90 @@
-"""The texts whose perplexity is measured: the user's files, or a book of PG19."""
+"""The texts whose perplexity is measured: the user's files, or a book of PG19, cut into stretches of tokens."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate.data import DATA_VARIABLE
-from vllm_ahn.tools.evaluate.perplexity import Stretch, cut_text, longest_book
+from vllm_ahn.errors import AHNError, first_line
+from vllm_ahn.tools.evaluate.data import data_root
 
 PG19 = "emozilla/pg19-test"
-"""The test books of PG19 as a data set on the hub, with the fields ``short_book_title`` and ``text``."""
+"""PG19's test books as a data set on the hub, with the fields ``short_book_title`` and ``text``."""
 
 
-def read(tokenizer: Any, questions: Mapping[str, Any]) -> list[Stretch]:
-    """The stretches that a job asks for.
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """A piece of text that is read from its start."""
+
+    source: str
+    tokens: list[int]
+    sizes: list[int]
+    """UTF-8 bytes of each token."""
+
+
+def read_stretches(
+    tokenizer: Any, files: Sequence[str] | None, data: str | None, context: int, limit: int | None
+) -> list[Stretch]:
+    """Read the first `limit` stretches of `context` tokens.
 
     Args:
-        questions: ``context``, tokens of a stretch; ``texts``, files to read whole, or None for the first book of
-            PG19 that is long enough; ``data``, the folder to read PG19 from, or None for the hub; ``limit``, the most
-            stretches, or None.
+        files: text files to read whole, or None for the first book of PG19 that is long enough.
+        data: the folder to read PG19 from, for `data.data_root`.
 
     Raises:
-        AHNError: there is no text to be read.
+        AHNError: there is no text to read.
     """
-    context = questions["context"]
-    if questions["texts"] is None:
-        return [longest_book(tokenizer, books(questions["data"]), context)]
-    stretches = []
-    for name in questions["texts"]:
-        stretches += cut_text(tokenizer, Path(name).name, read_text(name), context)
-    if not stretches:
-        raise AHNError(f"--text: {', '.join(questions['texts'])} holds less than two tokens, expected text")
-    return stretches[: questions["limit"]]
+    if files is None:
+        return [longest_book(tokenizer, books(data), context)]
+    found = [piece for name in files for piece in cut_text(tokenizer, Path(name).name, read_text(name), context)]
+    if not found:
+        raise AHNError(f"--text: {', '.join(files)} holds less than two tokens, expected text")
+    return found[:limit]
+
+
+def cut_text(tokenizer: Any, source: str, text: str, context: int) -> list[Stretch]:
+    """Cut `text` into stretches of `context` tokens, the last one shorter; without special tokens."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens, sizes = encoded["input_ids"], token_bytes(text, [end for _, end in encoded["offset_mapping"]])
+    starts = range(0, len(tokens), context)
+    pieces = [Stretch(source, tokens[start : start + context], sizes[start : start + context]) for start in starts]
+    return [piece for piece in pieces if len(piece.tokens) > 1]  # the first token is predicted from nothing
+
+
+def token_bytes(text: str, ends: Sequence[int]) -> list[int]:
+    """Return the UTF-8 bytes of each token of `text`, given where it ends, in characters.
+
+    The bytes of a character that several tokens share count for the first of them, so that sums are right.
+    """
+    sizes, before = [], 0
+    for end in ends:
+        sizes.append(len(text[before:end].encode("utf-8", "surrogatepass")))
+        before = max(before, end)
+    return sizes
+
+
+def longest_book(tokenizer: Any, books: Iterable[tuple[str, str]], context: int) -> Stretch:
+    """Return the first `context` tokens of the first book that has so many, or the longest book if none has.
+
+    Args:
+        books: title and text.
+    """
+    best: Stretch | None = None
+    for title, text in books:
+        for stretch in cut_text(tokenizer, title, text, context)[:1]:
+            if len(stretch.tokens) == context:
+                return stretch
+            if best is None or len(stretch.tokens) > len(best.tokens):
+                best = stretch
+    if best is None:
+        raise AHNError("pg19: no text in the data, expected books")
+    return best
 
 
 def read_text(name: str) -> str:
-    """The text of a file; raises `AHNError` if it is none."""
+    """Read a text file. Raises `AHNError` if it cannot be read or is not UTF-8."""
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -47,19 +93,18 @@ def read_text(name: str) -> str:
 
 
 def pg19_folder(data: str | None) -> Path | None:
-    """Where PG19 lies in the local data, None for the hub; raises `AHNError` if it is not there."""
-    root = data or os.environ.get(DATA_VARIABLE)
-    if not root:
+    """Return where PG19 lies in the local data folder, None for the hub. Raises `AHNError` if it is missing there."""
+    root = data_root(data)
+    if root is None:
         return None
-    folder = Path(root) / PG19
+    folder = root / PG19
     if not folder.is_dir():
         raise AHNError(f"{folder}: no such folder, expected the data set {PG19}, or text files, one a book")
     return folder
 
 
 def books(data: str | None) -> Iterator[tuple[str, str]]:
-    """Title and text of PG19's test books: text files in ``FOLDER/emozilla/pg19-test``, or the data set that lies
-    there, or (None) on the hub."""
+    """Yield title and text of PG19's test books: text files or a data set in `pg19_folder`, or the hub's data set."""
     folder = pg19_folder(data)
     if folder is not None and (files := sorted(folder.glob("*.txt"))):
         for file in files:
@@ -72,7 +117,7 @@ def books(data: str | None) -> Iterator[tuple[str, str]]:
         for row in rows:
             yield str(row.get("short_book_title", "?")), row["text"]
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AHNError(
-            f"{folder or PG19}: reading the data set failed ({reason}), expected a split test with the field text"
+            f"{folder or PG19}: reading the data set failed ({first_line(error)}), expected a split test with the "
+            "field text"
         ) from error

@@ -1,144 +1,105 @@
-"""``python -m vllm_ahn.tools.evaluate.worker``: runs one job with one engine in a process of its own.
+"""Runs one row with one engine in a process of its own.
 
-The job comes as a line on standard input, which then stays open: when it closes, whoever asked is gone and the worker
-ends with all its processes. Events go out as JSON lines through the file descriptor that is its argument::
+The process sends events through a pipe, dicts with the keys::
 
-    {"phase": "starting"}
-    {"tasks": {"niah_single_1": 3, ...}}                        how many answers there will be
-    {"answer": "niah_single_1", "kept": false}                  one is there; kept: from an earlier run
-    {"result": {...}}  or  {"error": "one sentence"}            the last one
+    tasks           answers to come, by task
+    answer, kept    the task of an answer that is there, and whether it was kept from an earlier run
+    result          the last one: what was measured
+    error           or why it was not, one sentence
 """
 
 from __future__ import annotations
 
 import datetime
-import json
+import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from vllm_ahn.errors import AHNError
+from vllm_ahn.errors import AHNError, first_line
 from vllm_ahn.tools.evaluate.answers import Answers
-from vllm_ahn.tools.evaluate.jobs import Job, versions
+from vllm_ahn.tools.evaluate.packages import require
+from vllm_ahn.tools.evaluate.plan import Row, versions
 
-LONGEST_ERROR = 400
-
-
-class Worker:
-    """A job that is being run."""
-
-    def __init__(self, job: Job, answers: Path, events: TextIO) -> None:
-        self.job = job
-        self._path = answers
-        self._events = events
-        self._started = time.time()
-        self.asked = 0
-        self.kept = 0
-
-    def run(self) -> dict[str, Any]:
-        """What the report needs: ``scores`` or ``perplexity``, and what it was measured with."""
-        self.send(phase="starting")
-        from vllm.platforms import current_platform
-
-        device = _device_name(current_platform)
-        answers = Answers(self._path, {**self.job.identity, "device": device})
-        measured = self._lm_eval(answers) if self.job.kind == "lm_eval" else self._perplexity(answers)
-        answers.close()
-        return {
-            **measured,
-            "key": self.job.key,
-            "asked": self.asked,
-            "kept": self.kept,
-            "device": device,
-            "versions": versions(),
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - self._started, 1),
-        }
-
-    def answered(self, task: str, kept: bool) -> None:
-        """Counts an answer and says so."""
-        self.kept += kept
-        self.asked += not kept
-        self.send(answer=task, kept=kept)
-
-    def announce(self, tasks: dict[str, int]) -> None:
-        """Says how many answers there will be of each task."""
-        self.send(tasks=tasks)
-
-    def send(self, **event: Any) -> None:
-        """Sends an event."""
-        self._events.write(json.dumps(event) + "\n")
-        self._events.flush()
-
-    def _lm_eval(self, answers: Answers) -> dict[str, Any]:
-        from vllm_ahn.tools.evaluate.lm_eval_run import evaluate
-
-        return evaluate(self.job, answers, self.announce, self.answered)
-
-    def _perplexity(self, answers: Answers) -> dict[str, Any]:
-        from vllm import LLM
-
-        from vllm_ahn.tools.evaluate import perplexity, texts
-
-        llm = LLM(**self.job.engine)
-        questions = self.job.questions
-        stretches = texts.read(llm.get_tokenizer(), questions)
-        self.announce({"text": len(stretches)})
-        measured = perplexity.measure(
-            llm,
-            stretches,
-            answers,
-            capacity=self.job.capacity,
-            context=questions["context"],
-            progress=lambda number, kept: self.answered("text", kept),
-        )
-        return {"perplexity": measured}
+MAX_ERROR = 400
+"""Characters of an error's sentence."""
 
 
-def main() -> int:
-    """Runs the job on standard input; 0, or 1 after an event that says why not."""
-    events = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
-    order = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_asker, daemon=True).start()
-    worker = Worker(Job(**order["job"]), Path(order["answers"]), events)
+def main(row: Row, answers: Path, log: Path, events: Connection) -> None:
+    """Run `row`: the target of the process. What vLLM and lm-eval print goes to `log`."""
+    os.setsid()  # a process group for the engine's processes too, so that all can be ended
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with log.open("wb") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+    # The engine runs in this process: its errors are the worker's, and its scheduler can be read.
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
+    if row.setting.data is not None:
+        # lm-eval's RULER tasks name the data set of their essays, and a folder of that name is read if there is one.
+        os.environ["NLTK_DATA"] = f"{row.setting.data}/nltk_data"
+        os.chdir(row.setting.data)
     try:
-        result = worker.run()
+        events.send({"result": run(row, answers, lambda **event: events.send(event))})
     except Exception as error:
         traceback.print_exc()
-        worker.send(error=sentence(error))
-        return 1
-    worker.send(result=result)
-    return 0
+        events.send({"error": sentence(error)})
+
+
+def run(row: Row, path: Path, send: Callable[..., None]) -> dict[str, Any]:
+    """Return what the report needs: ``scores`` or ``perplexity``, and when, how long and on what it was measured.
+
+    Args:
+        path: the file of `Answers`.
+        send: takes events as keyword arguments.
+    """
+    started = time.monotonic()
+    device = _device_name()
+    answers = Answers(path, {**row.identity, "device": device})
+    if row.setting.suite.kind == "lm_eval":
+        require("lm_eval", "eval")
+        from vllm_ahn.tools.evaluate import lm_eval_run
+
+        measured = lm_eval_run.evaluate(row, answers, send)
+    else:
+        from vllm_ahn.tools.evaluate import perplexity
+
+        measured = {"perplexity": perplexity.measure(row, answers, send)}
+    return {
+        **measured,
+        "device": device,
+        "versions": versions(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def sentence(error: BaseException) -> str:
-    """The one line of an error that says most."""
-    text = str(error).strip().splitlines()
-    first = " ".join(text[0].split()) if text else ""
-    if len(first) > LONGEST_ERROR:
-        first = f"{first[:LONGEST_ERROR]} ..."
-    return first if isinstance(error, AHNError) else f"{type(error).__name__}: {first}".rstrip(": ")
+    """Return an error's first line, with its class unless it is an `AHNError`."""
+    first = " ".join(first_line(error).split())
+    if len(first) > MAX_ERROR:
+        first = f"{first[:MAX_ERROR]} ..."
+    name = type(error).__name__
+    return first if isinstance(error, AHNError) or first == name else f"{name}: {first}"
 
 
-def _device_name(platform: Any) -> str:
-    if platform.is_cpu():
-        from vllm_ahn.tools.evaluate.machine import cpu_name
+def _device_name() -> str:
+    from vllm.platforms import current_platform
 
-        return cpu_name()
-    return str(platform.get_device_name())
+    if current_platform.is_cpu():
+        from cpuinfo import get_cpu_info
 
-
-def _end_with_asker() -> None:
-    sys.stdin.read()
-    if os.getpgrp() == os.getpid():  # as `runner` starts it: the engine's processes are in this group, nobody else's
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os._exit(1)
+        return str(get_cpu_info().get("brand_raw", "unknown processor"))
+    return str(current_platform.get_device_name())
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)

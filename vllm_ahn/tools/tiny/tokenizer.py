@@ -11,7 +11,7 @@ from vllm_ahn.errors import AHNError
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
-LEAST_VOCAB = 256 + len(SPECIAL_TOKENS)
+MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -30,17 +30,17 @@ the story is read from the other two of them.
 
 
 def count_tokens(vocab: int) -> int:
-    """How many of `vocab` tokens have a text: all, unless there are more than there are pairs of bytes.
+    """Return how many of `vocab` tokens have a text: all, unless there are more than pairs of bytes.
 
     Raises `AHNError` for a `vocab` that has no room for the bytes and the special tokens.
     """
-    if vocab < LEAST_VOCAB:
-        raise AHNError(f"make-tiny: vocab is {vocab}, expected at least {LEAST_VOCAB} tokens")
+    if vocab < MIN_VOCAB:
+        raise AHNError(f"make-tiny: vocab is {vocab}, expected at least {MIN_VOCAB} tokens")
     return min(vocab, 2**16)
 
 
 def write_tokenizer(folder: pathlib.Path, vocab: int) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` of `count_tokens` tokens into `folder`.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` of `count_tokens` tokens into `folder`.
 
     Tokens 0 to 255 are the bytes, the last three are `SPECIAL_TOKENS` (as in Qwen2.5, ``<|im_end|>`` ends a
     turn), and between them are pairs of bytes, the most frequent in a sample of English first.
@@ -48,7 +48,7 @@ def write_tokenizer(folder: pathlib.Path, vocab: int) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _merges(alphabet, count_tokens(vocab) - LEAST_VOCAB)
+    merges = _merges(alphabet, count_tokens(vocab) - MIN_VOCAB)
     tokens = [*alphabet, *(first + second for first, second in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,7 +69,7 @@ def write_tokenizer(folder: pathlib.Path, vocab: int) -> None:
 
 
 def unreadable_tokens(vocab: int) -> list[int]:
-    """The tokens that are no text by themselves: bytes beside visible ASCII, special ones, those beyond."""
+    """Return the tokens that are no text by themselves: bytes beside visible ASCII, special ones, those beyond."""
     visible = ord("~") - ord("!") + 1  # sorts before all that byte-level BPE writes for other bytes
     return [*range(visible, 256), *range(count_tokens(vocab) - len(SPECIAL_TOKENS), vocab)]
 

@@ -1,5 +1,4 @@
-"""Random weights of tiny checkpoints: scaled so that every layer passes on what it gets at about the same
-size."""
+"""Random weights of tiny checkpoints, scaled so that every layer passes on what it gets at about the same size."""
 
 from __future__ import annotations
 
@@ -11,53 +10,33 @@ from typing import Any
 import torch
 
 from vllm_ahn.checkpoint.tensors import BaseShape, Options, expected_tensors, unused_tensors
+from vllm_ahn.reference import BaseConfig, ReferenceModel
 from vllm_ahn.tools.tiny.tokenizer import unreadable_tokens
 
 Tensors = dict[str, torch.Tensor]
 
 
-def base_tensors(config: Mapping[str, Any], shape: BaseShape, seed: int) -> Tensors:
-    """A random Qwen2 or Qwen3 model of `config`, float32, under the names of its checkpoints."""
-    hidden, mlp, vocab = shape.hidden_size, config["intermediate_size"], config["vocab_size"]
-    q_size, kv_size = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
-    dims: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in range(shape.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            dims[f"{prefix}{name}.weight"] = (hidden,)
-        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-            dims[f"{prefix}self_attn.{name}_proj.weight"] = (size, hidden)
-            if shape.model_type == "qwen2":
-                dims[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
-        if shape.model_type == "qwen3":
-            for name in ("q_norm", "k_norm"):
-                dims[f"{prefix}self_attn.{name}.weight"] = (shape.head_dim,)
-        dims[f"{prefix}self_attn.o_proj.weight"] = (hidden, q_size)
-        dims |= {f"{prefix}mlp.{name}_proj.weight": (mlp, hidden) for name in ("gate", "up")}
-        dims[f"{prefix}mlp.down_proj.weight"] = (hidden, mlp)
-    head = "model.embed_tokens.weight"
-    if not config["tie_word_embeddings"]:
-        head = "lm_head.weight"
-        dims[head] = (vocab, hidden)
+def base_tensors(config: Mapping[str, Any], seed: int) -> Tensors:
+    """Return a random base of the ``config.json`` `config`, float32, under the names of its checkpoints."""
+    vocab = config["vocab_size"]
+    with torch.device("meta"):  # only names and shapes are wanted
+        dims = {name: tuple(p.shape) for name, p in ReferenceModel(BaseConfig.from_dict(config)).named_parameters()}
     tensors = {name: random_values(name, size, seed) for name, size in dims.items()}
-    # Logits of size 2 make greedy choices clear. A tied head must be small, or each token is its own best
-    # successor.
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    # Logits of size 2 make greedy choices clear. A tied head must be small, or each token is its own best successor.
     if config["tie_word_embeddings"]:
         tensors[head] *= 0.5
         tensors["model.norm.weight"] *= 4
     else:
         tensors[head] *= 2
-        tensors["model.embed_tokens.weight"] *= math.sqrt(hidden)
+        tensors["model.embed_tokens.weight"] *= math.sqrt(config["hidden_size"])
     # Nearly at zero, a token is seldom chosen: answers are ASCII, and do not end at once.
     tensors[head][unreadable_tokens(vocab)] *= 0.1
     return tensors
 
 
 def ahn_tensors(memory: str, shape: BaseShape, options: Options, seed: int) -> Tensors:
-    """A random AHN in float32, with all the tensors of a published checkpoint, the unused ones among them."""
+    """Return a random AHN in float32, with all the tensors of a published checkpoint, the unused ones among them."""
     dims = expected_tensors(memory, shape, options) | unused_tensors(memory, shape, options)
     return {name: random_values(name, size, seed) for name, size in dims.items()}
 
@@ -65,7 +44,7 @@ def ahn_tensors(memory: str, shape: BaseShape, options: Options, seed: int) -> T
 def random_values(
     name: str, dims: tuple[int, ...], seed: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """The random tensor `name` of a checkpoint, float32 of shape `dims` on `device`.
+    """Return the random tensor `name` of a checkpoint, float32 of shape `dims` on `device`.
 
     Seeded by its own name, it does not depend on which others there are.
     """
