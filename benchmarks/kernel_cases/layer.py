@@ -326,10 +326,10 @@ class Step:
 
         Its inputs lie ready. States are gathered ``on_pages`` before and scattered after, or lie ready as well.
         """
-        ready, states = self.gather(), self.gather_states()
+        ready, states = self.gather(), None if on_pages else self.gather_states()
 
         def call() -> torch.Tensor:
-            if not on_pages:
+            if states is not None:
                 return _recurrent(self.memory, self.scale, *ready, states)[0]
             o, new_states = _recurrent(self.memory, self.scale, *ready, self.gather_states())
             self.scatter_states(new_states)

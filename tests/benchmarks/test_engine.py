@@ -26,6 +26,7 @@ def benchmark(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=580, check=False)
 
 
+@pytest.mark.slow
 def test_all_rows_are_verified_and_measured(tmp_path: Path) -> None:
     done = benchmark(tmp_path / "engine", "--engine-args", NOT_COMPILED)
     assert done.returncode == 0, done.stderr
@@ -97,6 +98,7 @@ def check_times(row: dict[str, Any]) -> None:
         assert entry["tokens_per_s"] == pytest.approx(entry["batch"] / entry["token_s"])
 
 
+@pytest.mark.slow
 def test_a_mismatch_fails(tmp_path: Path) -> None:
     done = benchmark(tmp_path / "engine", "--rows", "full", "--break-verification", "--engine-args", NOT_COMPILED)
     assert done.returncode == 1

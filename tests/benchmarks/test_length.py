@@ -24,6 +24,7 @@ WINDOW, SINKS = 96, 32  # the tiny setting's
 EAGER = '{"enforce_eager": true}'  # compilation is test_compile's
 
 
+@pytest.mark.slow
 def test_all_lengths_are_verified_measured_and_drawn(tmp_path: Path) -> None:
     options = ["--tiny", "--engine-args", EAGER, "--output", str(tmp_path / "length")]
     command = [sys.executable, str(BENCHMARKS / "length.py"), *options]
