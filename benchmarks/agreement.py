@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import Choice, EngineProcess, Prompt
+from models import FULL, ROWS, Comparison
 from report import Mismatch
+from vllm_ahn.config import NO_MEMORY
 
 if TYPE_CHECKING:
     from vllm_ahn.reference import ReferenceModel
@@ -136,3 +139,25 @@ def check_past(
         raise Mismatch("past the window the tokens are those of full attention, so they show nothing")
     found = f"each at most {short_of_best:.3f} below the float32 reference's best logit"
     return f"{len(prompts)} requests, {answer} tokens after {len(prompts[0])}: {found}"
+
+
+def check_rows(
+    setting: Comparison,
+    engines: dict[str, EngineProcess],
+    folders: dict[str, Path],
+    inside: Sequence[Prompt],
+    past: Sequence[Prompt],
+    answer: int,
+) -> dict[str, str]:
+    """Check every row but full attention as `check_inside` and `check_past` do; return what was found."""
+    from vllm_ahn.reference import from_folders
+
+    found = {}
+    for row in setting.rows[1:]:
+        text, memory = ROWS[row].text, str(ROWS[row].memory)
+        found[f"{text}, inside the window"] = check_inside(engines[FULL], engines[row], inside, answer)
+        ahn = NO_MEMORY if memory == NO_MEMORY else folders[memory]
+        reference = from_folders(folders["base"], ahn, setting.window, setting.sinks)
+        checked = check_past(engines[FULL], engines[row], reference, past, answer, setting.tolerance)
+        found[f"{text}, past it"] = checked
+    return found

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernel_cases.layer import Layer, Step
 from kernel_cases.own_attention import paged_attention
 from kernel_cases.setting import Model, Setting
-from report import parser
+from report import parser, table
 from vllm_ahn.kernels.tables import compact_block_table, compact_width
 from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
@@ -195,27 +195,14 @@ def _attention(group: int, segments: int, window: int | None) -> None:
     paged_attention(step.query, *step.layer.pool.planes[:2], *queries, **sizes, window=window, sinks=128, scale=0.1)
 
 
-WIDTHS = (24, 68, 7, 5, 9, 6, 6)
-
-
 def compile_all(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
-    """Compile cases for targets and print a table, one line a kernel as it is done."""
-
-    def line(cells: Sequence[object]) -> str:
-        return " ".join(
-            f"{cell:{'<' if i < 3 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
-        )
-
-    print(f"torch {torch.__version__}, triton {triton.__version__}")
-    print(line([field.name for field in fields(Compiled)]))
+    """Return what each case takes on each target, a line a kernel."""
     results = []
     for case, launch in todo:
         for target in targets:
             with compiling_for(TARGETS[target]) as compiled:
                 launch()
-            for kernel in compiled:
-                results.append(resources(kernel, case, target))
-                print(line(astuple(results[-1])), flush=True)
+            results += [resources(kernel, case, target) for kernel in compiled]
     return results
 
 
@@ -228,6 +215,9 @@ def main() -> None:
     arguments = options.parse_args()
     todo = list(cases(arguments.head_sizes, [getattr(torch, dtype) for dtype in arguments.dtypes]))
     results = compile_all(arguments.targets, todo)
+    print(f"torch {torch.__version__}, triton {triton.__version__}")
+    headers = [field.name for field in fields(Compiled)]
+    print(table(headers, [list(map(str, astuple(result))) for result in results], left=3))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
 

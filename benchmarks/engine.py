@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -48,9 +47,9 @@ from agreement import compare, largest_difference
 from engine_report import judge, paragraphs
 from engines import Choice, EngineError, EngineProcess, started
 from inputs import prompt
-from ladder import Ladder, Rungs
-from models import AHN, FULL, ROWS, SHAPES, WINDOW, Comparison, arguments, write_models
-from report import Mismatch, option
+from ladder import Ladder, Rungs, Setting
+from models import AHN, FULL, ROWS, SHAPES, WINDOW, arguments, write_models
+from report import Mismatch
 from vllm_ahn.config import NO_MEMORY
 
 ANSWER, LOGPROBS = 8, 20
@@ -85,20 +84,6 @@ TINY: dict[str, Any] = REAL | {
 TOLERANCE = {"bfloat16": 0.5, "float32": 1e-3}
 """Nats. In such models of 36 layers, rounding to bfloat16 moves the log-probabilities of the 20 best tokens by 0.04 in
 the mean and by up to 0.2; those of other tokens than the right ones are several off."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting(Comparison):
-    """One comparison of long contexts."""
-
-    rows: tuple[str, ...] = option(f"of {', '.join(ROWS)}", type=lambda text: tuple(text.split(",")))
-    max_batch: int = option("sequences at a time, at most")
-    sequences: int = option("size of a cache; 0: all memory that vLLM takes")
-    tolerance: float = option("of log-probabilities against eager, nats")
-    batches: tuple[int, ...] = option("to measure at, besides the most that fits; default: 1,2,4,...")
-    seed: int
-    alone: bool
-    """One engine at a time, where otherwise all live side by side and take turns."""
 
 
 def main() -> None:
@@ -247,17 +232,7 @@ class Run:
     def climb(self, engines: dict[str, EngineProcess], context: int, deadline: float) -> dict[str, Any]:
         """Measure one context: the rows take turns, the first one alternating."""
         setting = self.setting
-        rungs = Rungs(
-            context,
-            context <= setting.capacity,
-            tuple(batch for batch in setting.batches if batch <= setting.max_batch),
-            setting.max_batch,
-            setting.steps,
-            setting.repetitions,
-            setting.budget,
-            max(engine.info["block_size"] for engine in engines.values()),
-            setting.shape["vocab"],
-        )
+        rungs = Rungs(setting, context, max(engine.info["block_size"] for engine in engines.values()))
         if rungs.prompt_tokens < 1:
             sys.exit(f"--contexts {context}: too short, answers alone take {rungs.answer_tokens} tokens")
         rows = {

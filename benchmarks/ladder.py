@@ -15,48 +15,46 @@ from typing import Any
 
 from engines import Decoding, EngineProcess
 from inputs import prompt
+from models import ROWS, Comparison
+from report import option
 
 TIME_BUDGET, MAX_BATCH, VLLM_COUNT = "the time budget", "--max-batch", "vLLM's count"
 PREEMPTED = "with one more, one is preempted"
 
 
 @dataclasses.dataclass(frozen=True)
+class Setting(Comparison):
+    """One comparison of long contexts."""
+
+    rows: tuple[str, ...] = option(f"of {', '.join(ROWS)}", type=lambda text: tuple(text.split(",")))
+    max_batch: int = option("sequences at a time, at most")
+    sequences: int = option("size of a cache; 0: all memory that vLLM takes")
+    tolerance: float = option("of log-probabilities against eager, nats")
+    batches: tuple[int, ...] = option("to measure at, besides the most that fits; default: 1,2,4,...")
+    seed: int
+    alone: bool
+    """One engine at a time, where otherwise all live side by side and take turns."""
+
+
 class Rungs:
-    """What all rows climb alike at one context. All lengths are in tokens."""
+    """What all rows climb alike at one context; lengths are in tokens.
 
-    context: int
-    """Of a sequence, at most."""
-    keeps_all: bool
-    """No token ever leaves the window, so that every sequence keeps all its blocks in every row."""
-    batches: tuple[int, ...]
-    """Batches to measure at, ascending, besides the most that fits."""
-    max_batch: int
-    """Sequences at a time, at most."""
-    steps: int
-    """Decode steps of one measurement."""
-    repetitions: int
-    budget: int
-    """Of a step, at most."""
-    block_size: int
-    vocab: int
+    Attributes:
+        batches: batches to measure at, ascending, besides the most that fits.
+        settling_steps: after as many, every sequence has once taken a block and given one back: then all repeats.
+        answer_tokens: what the first sequence may have to generate until all have come and every batch is measured.
+        prompt_tokens: of every prompt, what the answer leaves of the context.
+    """
 
-    @property
-    def settling_steps(self) -> int:
-        """After as many steps every sequence has once taken a block and given one back: from there on all repeats."""
-        return self.block_size + 2
-
-    @property
-    def answer_tokens(self) -> int:
-        """What the first sequence may have to generate until all have come and every batch is measured."""
-        steps_of_a_prefill = math.ceil(self.context / max(1, self.budget - self.max_batch)) + 1
-        measured = (len(self.batches) + 2) * self.repetitions * (self.steps + 2)
-        settling = 0 if self.keeps_all else 2 * self.settling_steps
-        return self.max_batch * steps_of_a_prefill + measured + settling
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of every prompt: what the answer leaves of the context."""
-        return self.context - self.answer_tokens
+    def __init__(self, setting: Setting, context: int, block_size: int) -> None:
+        self.setting, self.context = setting, context
+        self.batches = [batch for batch in setting.batches if batch <= setting.max_batch]
+        self.settling_steps = block_size + 2
+        steps_of_a_prefill = math.ceil(context / max(1, setting.budget - setting.max_batch)) + 1
+        measured = (len(self.batches) + 2) * setting.repetitions * (setting.steps + 2)
+        settling = 0 if context <= setting.capacity else 2 * self.settling_steps
+        self.answer_tokens = setting.max_batch * steps_of_a_prefill + measured + settling
+        self.prompt_tokens = context - self.answer_tokens
 
 
 class Ladder:
@@ -69,7 +67,7 @@ class Ladder:
 
     def __init__(self, engine: EngineProcess, rungs: Rungs, *, keeps_all: bool) -> None:
         self.engine = engine
-        self.rungs = rungs
+        self.rungs, self.setting = rungs, rungs.setting
         self.count: float = engine.count(rungs.context)
         # vLLM's count takes in the one block that vLLM keeps for itself.
         num_blocks = engine.info["num_blocks"]
@@ -82,7 +80,7 @@ class Ladder:
 
     def prompt(self, number: int) -> list[int]:
         """Return the prompt of one sequence; all engines get the same ones."""
-        return prompt(self.rungs.prompt_tokens, number, self.rungs.vocab)
+        return prompt(self.rungs.prompt_tokens, number, self.setting.shape["vocab"])
 
     def warm_up(self) -> None:
         """Answer one prompt that is not measured: kernels are compiled and tuned for these shapes."""
@@ -99,7 +97,7 @@ class Ladder:
 
     def grow(self, target: int, deadline: float) -> None:
         """Take in sequences until there are ``target``, or no more fit, or ``deadline`` (`time.monotonic`) is near."""
-        target = min(target, self.rungs.max_batch, self.rungs.max_batch if self.whole is None else self.whole)
+        target = min(target, self.setting.max_batch, self.setting.max_batch if self.whole is None else self.whole)
         while not self.why_no_more and self.batch < target:
             if time.monotonic() + self.prefill_s > deadline:
                 self.why_no_more = TIME_BUDGET
@@ -109,12 +107,12 @@ class Ladder:
             self.why_no_more = held.refused
         if not self.why_no_more and self.batch == self.whole:
             self.why_no_more = VLLM_COUNT
-        elif not self.why_no_more and self.batch == self.rungs.max_batch:
+        elif not self.why_no_more and self.batch == self.setting.max_batch:
             self.why_no_more = MAX_BATCH
 
     def fill(self, deadline: float) -> None:
         """Take in all that fit, and make sure that they go on without preemption."""
-        self.grow(self.rungs.max_batch, deadline)
+        self.grow(self.setting.max_batch, deadline)
         if self.whole is None:
             self._decode(self.rungs.settling_steps)
 
@@ -125,7 +123,7 @@ class Ladder:
 
     def decode(self) -> None:
         """Measure decode steps at the present batch."""
-        decoding = self._decode(self.rungs.steps)
+        decoding = self._decode(self.setting.steps)
         if decoding is not None:
             self.steps_s.setdefault(self.batch, []).append(statistics.median(decoding.steps_s))
             self.last = decoding

@@ -26,20 +26,18 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import report
-from agreement import check_inside, check_past
-from engines import EngineProcess, started
+from agreement import check_rows
+from engines import EngineProcess
 from inputs import prompt
 from length_figure import PARTS, check_plot, device, draw
-from models import AHN, FULL, ROWS, WINDOW, Comparison, arguments, write_models
+from models import AHN, FULL, ROWS, WINDOW, Comparison, running
 from report import Mismatch, option
-from vllm_ahn.config import NO_MEMORY
 
 REQUESTS, ANSWER = 4, 32
 """What is checked: so many requests at once, so many tokens each."""
@@ -56,17 +54,15 @@ REAL: dict[str, Any] = {
     "rounds": 6,
     "repetitions": 2,
 }
-TINY: dict[str, Any] = {
+TINY: dict[str, Any] = REAL | {
     "model": "tiny",
     "layers": 2,
     "dtype": "float32",
     "contexts": (64, 128, 256, 512),
     "window": 96,
-    "sinks": 32,
     "budget": 64,
     "steps": 4,
     "rounds": 3,
-    "repetitions": 2,
 }
 TOLERANCE = {"bfloat16": 0.25, "float32": 1e-3}
 """How much less than the best a token's logit may be in float32 for the engine to choose it; the best is about 4."""
@@ -97,18 +93,13 @@ def main() -> None:
     plot = args.plot or args.output.with_suffix(".svg")
     check_plot(plot)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
-        folders = write_models(setting, Path(folder), weights=True)
-        with started({row: arguments(setting, row, folders) for row in setting.rows}, args.threads) as engines:
-            for row, engine in engines.items():
-                engine.wait()
-                report.say(f"{row} has started in {engine.info['start_s']:.0f} s")
-            try:
-                verified = verify(setting, engines, folders)
-            except Mismatch as error:
-                sys.exit(f"not verified: {error}")
-            repetitions = [measure(setting, engines, number) for number in range(setting.repetitions)]
-            info = {row: engine.info for row, engine in engines.items()}
+    with running(setting, args.threads) as (engines, folders):
+        try:
+            verified = verify(setting, engines, folders)
+        except Mismatch as error:
+            sys.exit(f"not verified: {error}")
+        repetitions = [measure(setting, engines, number) for number in range(setting.repetitions)]
+        info = {row: engine.info for row, engine in engines.items()}
     result: dict[str, Any] = {
         **report.head(setting, began),
         "engines": info,
@@ -157,19 +148,10 @@ def read_setting(args: argparse.Namespace) -> Lengths:
 
 def verify(setting: Lengths, engines: dict[str, EngineProcess], folders: dict[str, Path]) -> dict[str, str]:
     """Check tokens, and warm the engines up. Raises `Mismatch` if they are wrong."""
-    from vllm_ahn.reference import from_folders
-
     vocab = setting.shape["vocab"]
     inside = [prompt(setting.capacity // 2 - ANSWER, seed, vocab) for seed in range(REQUESTS)]
     past = [prompt(2 * setting.capacity - ANSWER, seed, vocab) for seed in range(REQUESTS)]
-    verified = {}
-    for row in setting.rows[1:]:
-        memory = ROWS[row].memory
-        verified[f"{ROWS[row].text}, inside the window"] = check_inside(engines[FULL], engines[row], inside, ANSWER)
-        ahn = NO_MEMORY if memory == NO_MEMORY else folders[str(memory)]
-        reference = from_folders(folders["base"], ahn, setting.window, setting.sinks)
-        found = check_past(engines[FULL], engines[row], reference, past, ANSWER, setting.tolerance)
-        verified[f"{ROWS[row].text}, past it"] = found
+    verified = check_rows(setting, engines, folders, inside, past, ANSWER)
     if engines[WINDOW].generate(past, ANSWER).tokens == engines[AHN].generate(past, ANSWER).tokens:
         raise Mismatch("past the window the memory does not change a token, so they show nothing")
     return verified

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import report
+from engines import EngineProcess, started
 from report import option
 from vllm_ahn.config import NO_MEMORY
 from vllm_ahn.memory.spec import MEMORIES
@@ -137,3 +142,15 @@ def arguments(setting: Comparison, row: str, folders: dict[str, Path], *, eager:
         # With the cache's size given this only has vLLM refuse to start if less is free, and others are there.
         values["gpu_memory_utilization"] = 0.02
     return values | setting.engine | ({"enforce_eager": True} if eager else {})
+
+
+@contextlib.contextmanager
+def running(setting: Comparison, threads: int) -> Iterator[tuple[dict[str, EngineProcess], dict[str, Path]]]:
+    """Yield an engine for each row, which has started with weights from disk, and the folders of the models."""
+    with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
+        folders = write_models(setting, Path(folder), weights=True)
+        with started({row: arguments(setting, row, folders) for row in setting.rows}, threads) as engines:
+            for row, engine in engines.items():
+                engine.wait()
+                report.say(f"{row} has started in {engine.info['start_s']:.0f} s")
+            yield engines, folders

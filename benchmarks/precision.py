@@ -1,21 +1,11 @@
-"""What it costs to keep gates, or the state, in bfloat16, over 100,000 tokens.
+"""What it costs to keep gates or the state in bfloat16: the run of ``gate_precision.py`` and ``state_precision.py``.
 
-    python benchmarks/precision.py gates
-    python benchmarks/precision.py state
-
-``gates``: they are computed in float32 and stored beside K and V in the cache dtype until their token leaves the
-window. Here the recurrence runs in float64 on the same random tokens, once with the gates as computed and once with the
-gates as read back from a bfloat16 page, and states and read-outs are compared along the sequence. As a yardstick it
-runs a third time with K and V in bfloat16 instead, which is what any bfloat16 cache does to them.
-
-``state`` (``--mamba-ssm-cache-dtype bfloat16``): arithmetic is float32 in both cases; the state is rounded whenever it
-is written. A decode writes it after each token, a prefill once for all of its tokens in a step. So the recurrence runs
-with the state as it is, rounded after each token, and rounded after each 2,048 tokens.
+The recurrence runs in float64 on the same random tokens, exactly and with something rounded, and states and read-outs
+are compared along the sequence.
 
 Each memory has eight heads: four time scales, from a half-life of 10 tokens to one of 100,000, each with gates that
 vary from token to token and with gates that hardly do. The latter are rounded the same way every time: their errors add
-up instead of averaging out, which comes to a decay or a rate that is off by at most 2^-8, 0.39 %. Writes
-``results/gate-precision.json`` and ``.md``, or ``state-precision``, beside this file.
+up instead of averaging out, which comes to a decay or a rate that is off by at most 2^-8, 0.39 %.
 """
 
 from __future__ import annotations
@@ -245,17 +235,15 @@ def paragraphs(result: dict[str, Any], what: str) -> list[str]:
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = report.parser(__doc__)
-    parser.add_argument("what", choices=list(VARIANTS))
-    parser.add_argument("--output", type=report.Path, help="without .json and .md; default: results/...-precision")
-    args = parser.parse_args()
+def main(what: str, description: str | None) -> None:
+    """Measure every memory, for ``what`` of `VARIANTS`, and write ``results/WHAT-precision.json`` and ``.md``."""
+    args = report.parser(description, {"gates": "gate-precision", "state": "state-precision"}[what]).parse_args()
     torch.set_num_threads(1)  # the products are small: threads would mostly wait for each other
     began = time.monotonic()
     errors = {}
     for name, memory in MEMORIES.items():
         verify(memory)
-        errors[name] = measure(memory, args.what, MARKS[-1])
+        errors[name] = measure(memory, what, MARKS[-1])
         report.say(f"{name}: {time.monotonic() - began:.0f} s")
     result = {
         "command": report.command(),
@@ -265,9 +253,4 @@ def main() -> None:
         "rate_logits": RATE_LOGITS,
         "errors": errors,
     }
-    output = args.output or report.FOLDER / {"gates": "gate-precision", "state": "state-precision"}[args.what]
-    report.write(output, result, TEXTS[args.what][0], paragraphs(result, args.what))
-
-
-if __name__ == "__main__":
-    main()
+    report.write(args.output, result, TEXTS[what][0], paragraphs(result, what))

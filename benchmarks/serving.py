@@ -16,20 +16,18 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import report
-from agreement import check_inside, check_past
-from engines import EngineProcess, Generation, started
+from agreement import check_rows
+from engines import EngineProcess, Generation
 from inputs import prompt
-from models import AHN, FULL, Comparison, arguments, write_models
+from models import AHN, FULL, Comparison, running
 from report import Aim, Mismatch
 
 BLOCK, CACHE_BYTES = 32, 512 << 20
-SHORT, REQUESTS, SHORT_ANSWER = 512, 8, 64
+SHORT, REQUESTS = 512, 8
 ROUNDS = 5  # turns inside the window in every repetition: short ones, so that a burst of other work spoils few
 NEAR, FAR, ANSWER = 2048, 16384, 64
 TOLERANCE = 0.15
@@ -63,17 +61,14 @@ def main() -> None:
         engine={"load_format": "auto", "block_size": BLOCK, "kv_cache_memory_bytes": CACHE_BYTES}
         | {"enforce_eager": args.eager},
     )
-    with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
-        folders = write_models(setting, Path(folder), weights=True)
-        with started({row: arguments(setting, row, folders) for row in setting.rows}, args.threads) as engines:
-            for engine in engines.values():
-                engine.wait()
-            base, ahn = engines.values()
-            try:
-                checks = verify(setting, base, ahn, folders)
-            except Mismatch as error:
-                sys.exit(f"not verified: {error}")
-            repetitions = [measure(base, ahn, number) for number in range(args.repetitions)]
+    with running(setting, args.threads) as (engines, folders):
+        base, ahn = engines.values()
+        prompts = [prompt(SHORT, seed) for seed in range(REQUESTS)]
+        try:
+            checks = check_rows(setting, engines, folders, prompts, [prompt(NEAR)], ANSWER)
+        except Mismatch as error:
+            sys.exit(f"not verified: {error}")
+        repetitions = [measure(base, ahn, number) for number in range(args.repetitions)]
     result = {
         **report.head(setting, began),
         "engines": {"base": base.info, "ahn": ahn.info},
@@ -82,16 +77,6 @@ def main() -> None:
         "repetitions": repetitions,
     }
     report.write(args.output, result, "Serving with an AHN and without, on a CPU", paragraphs(setting, result))
-
-
-def verify(setting: Comparison, base: EngineProcess, ahn: EngineProcess, folders: dict[str, Path]) -> dict[str, str]:
-    """Check tokens before anything is timed, and warm both engines up. Raises `Mismatch` if they are wrong."""
-    from vllm_ahn.reference import from_folders
-
-    inside = check_inside(base, ahn, [prompt(SHORT, seed) for seed in range(REQUESTS)], SHORT_ANSWER)
-    reference = from_folders(folders["base"], folders["GatedDeltaNet"], setting.window, setting.sinks)
-    past = check_past(base, ahn, reference, [prompt(NEAR)], ANSWER, TOLERANCE)
-    return {"inside the window": inside, "past the window": past}
 
 
 def measure(base: EngineProcess, ahn: EngineProcess, number: int) -> dict[str, Any]:
@@ -107,7 +92,7 @@ def measure(base: EngineProcess, ahn: EngineProcess, number: int) -> dict[str, A
     inside = []
     for turn in range(ROUNDS):
         prompts = [prompt(SHORT, 1000 * number + 100 * turn + seed) for seed in range(REQUESTS)]
-        many, one = both(prompts, SHORT_ANSWER), both(prompts[:1], SHORT_ANSWER)
+        many, one = both(prompts, ANSWER), both(prompts[:1], ANSWER)
         inside.append({name: inside_figures(many[name], one[name]) for name in ("base", "ahn")})
         by_turns.reverse()
     # The near prompt before the far one and after it: a machine that slows down meanwhile does so on both sides.
@@ -121,10 +106,10 @@ def measure(base: EngineProcess, ahn: EngineProcess, number: int) -> dict[str, A
 def inside_figures(many: Generation, one: Generation) -> Figures:
     """Return what one engine did inside the window in one turn."""
     return {
-        "tokens_per_s": REQUESTS * (SHORT + SHORT_ANSWER) / many.seconds,
-        "tokens_per_cpu_s": REQUESTS * (SHORT + SHORT_ANSWER) / many.cpu_s,
+        "tokens_per_s": REQUESTS * (SHORT + ANSWER) / many.seconds,
+        "tokens_per_cpu_s": REQUESTS * (SHORT + ANSWER) / many.cpu_s,
         "prefill_tokens_per_s": REQUESTS * SHORT / many.first_token_s,
-        "decode_ms": 1e3 * (many.seconds - many.first_token_s) / SHORT_ANSWER,
+        "decode_ms": 1e3 * (many.seconds - many.first_token_s) / ANSWER,
         "alone_decode_ms": 1e3 * statistics.median(one.steps_s),
     }
 
@@ -200,7 +185,7 @@ def paragraphs(setting: Comparison, result: dict[str, Any]) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores, {info['threads']} thread(s) an engine, {compiled}; "
         f"{machine['versions']}. {setting.describe()}, random weights; GatedDeltaNet, W = {setting.window}, "
         f"S = {setting.sinks}, blocks of {BLOCK}. Inside the window: prompts of {SHORT} tokens, answers of "
-        f"{SHORT_ANSWER}. Medians over {len(repetitions)} repetitions, in each of which the two engines took turns, "
+        f"{ANSWER}. Medians over {len(repetitions)} repetitions, in each of which the two engines took turns, "
         f"{ROUNDS} times inside the window and once past it; the load of the machine, shared with other work, was "
         f"{min(loads):.1f} to {max(loads):.1f}.",
         report.table(["ratio", "median", "least to greatest", "aim"], ratios),

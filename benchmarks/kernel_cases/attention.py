@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -12,28 +11,11 @@ from kernel_cases.layer import Step
 from kernel_cases.own_attention import paged_attention, segments_of
 from kernel_cases.setting import Setting
 from kernel_cases.timing import Call
+from vllm_ahn.attention.plan import AttentionSpans
 from vllm_ahn.kernels.tables import TILE_BLOCKS, compact_block_table, compact_width
 
 MASKED_QUERIES = 1024
 """Queries that share a table where sinks take a mask."""
-
-
-@dataclass
-class Rows:
-    """Queries, and the keys they may see."""
-
-    query_start_loc: torch.Tensor
-    """``[R + 1]`` int32."""
-    lens: torch.Tensor
-    """``[R]`` int32, tokens in the row's table."""
-    block_table: torch.Tensor
-    """``[R, width]`` int32."""
-    max_query_len: int
-    max_len: int
-    window: int | None
-    """Keys that a query sees, up to and with its own; None for all."""
-    sinks: int = 0
-    """Keys at the beginning of the table that it sees beside them."""
 
 
 def chosen(setting: Setting) -> str:
@@ -50,48 +32,44 @@ def described(setting: Setting) -> str:
     return "the benchmark's own Triton kernel, not vLLM's, for full attention and window alike"
 
 
-def attend(step: Step, rows: Rows) -> Call:
+def attend(step: Step, spans: AttentionSpans) -> Call:
     """Return the call for a step's queries; what it needs besides is allocated here."""
-    return (_vllm if chosen(step.layer.setting) == "vllm" else _own)(step, rows)
+    return (_vllm if chosen(step.layer.setting) == "vllm" else _own)(step, spans)
 
 
-def _own(step: Step, rows: Rows) -> Call:
-    model, timer = step.layer.model, step.layer.setting.timer
-    multiprocessors = timer.multiprocessors if timer else 1
-    segments = segments_of(len(rows.lens), model.kv_heads, rows.max_query_len, multiprocessors)
+def _own(step: Step, spans: AttentionSpans) -> Call:
+    model, setting, pages = step.layer.model, step.layer.setting, step.layer.pool.window
+    multiprocessors = setting.timer.multiprocessors if setting.timer else 1
+    segments = segments_of(len(spans.lens), model.kv_heads, spans.max_query_len, multiprocessors)
     return lambda: paged_attention(
         step.query,
-        *step.layer.pool.planes[:2],
+        pages.keys,
+        pages.values,
         step.output,
-        rows.query_start_loc,
-        rows.lens,
-        rows.block_table,
-        max_query_len=rows.max_query_len,
-        window=rows.window,
-        sinks=rows.sinks,
+        spans.query_start_loc,
+        spans.lens,
+        spans.block_table,
+        max_query_len=spans.max_query_len,
+        window=spans.sliding_window,
+        sinks=0 if spans.sinks is None else setting.sinks,
         scale=model.head_size**-0.5,
         segments=segments,
     )
 
 
-def _vllm(step: Step, rows: Rows) -> Call:
+def _vllm(step: Step, spans: AttentionSpans) -> Call:
     from vllm_ahn.attention.paged.triton import TritonAttention
-    from vllm_ahn.attention.plan import AttentionSpans
     from vllm_ahn.cache.specs import window_spec
 
-    setting, model, pool = step.layer.setting, step.layer.model, step.layer.pool
-    spec = window_spec(pool.layout, window=setting.window, sinks=setting.sinks)
+    setting, model, pages = step.layer.setting, step.layer.model, step.layer.pool.window
+    spec = window_spec(pages.layout, window=setting.window, sinks=setting.sinks)
     attention = TritonAttention(spec, num_heads=model.heads, device=setting.device)
-    sinks = torch.full_like(rows.lens, rows.sinks) if rows.sinks else None
-    tables = (rows.query_start_loc, rows.lens, rows.block_table)
-    queries = AttentionSpans(*tables, rows.max_query_len, rows.max_len, rows.window, sinks)
-    scale = model.head_size**-0.5
-    return lambda: attention.attend(pool.window, step.query, step.output, queries, scale)
+    return lambda: attention.attend(pages, step.query, step.output, spans, model.head_size**-0.5)
 
 
-def full_rows(step: Step, new: int, longest: int) -> Rows:
-    """Return rows that see all keys of their requests, each with ``new`` queries."""
-    return Rows(step.starts, step.lens, step.window_table, new, longest, None)
+def full_spans(step: Step, new: int, longest: int) -> AttentionSpans:
+    """Return spans that see all keys of their requests, each with ``new`` queries."""
+    return AttentionSpans(step.starts, step.lens, step.window_table, new, longest)
 
 
 def rearranges(setting: Setting) -> bool:
@@ -99,8 +77,8 @@ def rearranges(setting: Setting) -> bool:
     return setting.sinks % setting.block_size == 0 and setting.window >= setting.block_size
 
 
-def windowed_rows(step: Step, new: int) -> tuple[Rows, Callable[[], None]]:
-    """Return rows that see sinks and window, and the launch that makes their tables, which a model does once a step.
+def windowed_spans(step: Step, new: int) -> tuple[AttentionSpans, Callable[[], None]]:
+    """Return spans that see sinks and window, and the launch that makes their tables, which a model does once a step.
 
     Args:
         step: the batch.
@@ -109,7 +87,7 @@ def windowed_rows(step: Step, new: int) -> tuple[Rows, Callable[[], None]]:
     setting, starts, lens = step.layer.setting, step.starts, step.lens
     device, size, rearrange = lens.device, setting.block_size, rearranges(setting)
     requests = None
-    # As the planner of vllm_ahn cuts a chunk: so that the window reaches over a row's queries, or for a mask, of which
+    # As the planner of vllm_ahn cuts a chunk: so that the window reaches over a span's queries, or for a mask, of which
     # vLLM's kernel visits every key.
     most = min(new, setting.window // size * size if rearrange else MASKED_QUERIES)
     if new > 1:
@@ -127,5 +105,7 @@ def windowed_rows(step: Step, new: int) -> tuple[Rows, Callable[[], None]]:
         compact_block_table(step.window_table, requests, starts, lens, *sizes, compact, compact_lens)
 
     compaction()
-    window, sinks = (setting.capacity, 0) if rearrange else (setting.window, setting.sinks)
-    return Rows(starts, compact_lens, compact, most, width * size, window, sinks), compaction
+    window, sinks = setting.capacity, None
+    if not rearrange:
+        window, sinks = setting.window, torch.full_like(compact_lens, setting.sinks)
+    return AttentionSpans(starts, compact_lens, compact, most, width * size, window, sinks), compaction

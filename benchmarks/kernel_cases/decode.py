@@ -67,7 +67,7 @@ def _verify(setting: Setting, model: Model, memory: MemorySpec, requests: int, v
     expected = torch.full_like(step.rows, -1)
     expected[decodes] = step.starts[decodes]
     if not torch.equal(step.rows, expected):
-        raise Mismatch(f"decode_rows of {requests} requests: {step.rows.tolist()}, expected {expected.tolist()}")
+        raise Mismatch(f"decode_reads of {requests} requests: {step.rows.tolist()}, expected {expected.tolist()}")
     wanted, states = oracles.memory_reads(step, decodes)
     reads = step.requests[decodes]
     before = pool.other_pages(reads).clone()

@@ -54,7 +54,7 @@ class Pool:
     Attributes:
         cache: ``[num_blocks, Hkv, block_size, content]``, all pages.
         window: their keys, values and gates.
-        state: the same pages as states, with a memory.
+        state: the same pages as states.
         window_table, state_table: ``[requests, width]`` int32, as wide as the longest sequence.
     """
 
@@ -71,16 +71,15 @@ class Pool:
     ) -> None:
         self.block_size, self.heads, device = setting.block_size, model.heads, setting.device
         gates = memory.num_gates * model.group if memory else 0
-        self.layout = WindowPageLayout(model.kv_heads, model.head_size, gates, self.block_size, setting.dtype)
-        states = StatePageLayout(model.heads, model.head_size, self.layout.page_bytes, setting.state_dtype)
+        layout = WindowPageLayout(model.kv_heads, model.head_size, gates, self.block_size, setting.dtype)
+        states = StatePageLayout(model.heads, model.head_size, layout.page_bytes, setting.state_dtype)
         self.state_pages = states.num_pages if memory else 0
         held = len(blocks) + self.state_pages
         total = 1 + requests * held
-        page = (model.kv_heads, self.block_size, self.layout.content_elements)
+        page = (model.kv_heads, self.block_size, layout.content_elements)
         apart = VAST // (total * math.prod(page)) + 1 if vast else 1
         self.cache = torch.empty((total, apart, *page), dtype=setting.dtype, device=device)[:, -1]
-        self.window = WindowPages(self.cache, self.layout)
-        self.state = StatePages(self.cache, states) if memory else None
+        self.window, self.state = WindowPages(self.cache, layout), StatePages(self.cache, states)
         if random:
             self.cache.normal_()  # states too: two random halves make a random number in float32
             if memory:
@@ -99,14 +98,8 @@ class Pool:
 
     @property
     def planes(self) -> tuple[torch.Tensor, ...]:
-        """Keys, values and gates of the window pages."""
+        """Keys, values and gates, ``[num_blocks, Hkv, block_size, ...]``."""
         return self.window.keys, self.window.values, self.window.gates
-
-    @property
-    def states_in_pages(self) -> StatePages:
-        """The states, which have to be there."""
-        assert self.state is not None
-        return self.state
 
     def places(self, requests: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return blocks and offsets of tokens, int64, of requests and positions ``[n]`` int64."""
@@ -126,12 +119,10 @@ class Pool:
 
     def states(self, requests: torch.Tensor) -> torch.Tensor:
         """Return states ``[n, H, D_k, D_v]``, float32."""
-        assert self.state is not None
         return self.state.gather(self.state_table[requests, : self.state_pages].long())
 
     def put_states(self, requests: torch.Tensor, states: torch.Tensor) -> None:
         """Write states ``[n, H, D_k, D_v]``."""
-        assert self.state is not None
         self.state.scatter(self.state_table[requests, : self.state_pages].long(), states)
 
     def other_pages(self, requests: torch.Tensor) -> torch.Tensor:
@@ -281,7 +272,7 @@ class Step:
             self.query,
             layer.pool.window,
             self.window_table,
-            layer.pool.states_in_pages,
+            layer.pool.state,
             self.state_table,
             self.rows,
             self.lens,
@@ -298,8 +289,7 @@ class Step:
         """Absorb and read all tokens past ``W + S``; return what is read, ``[N, H, D]``."""
         layer, pool = self.layer, self.layer.pool
         keywords = {"memory": self.memory, "scale": self.scale, "A_log": layer.A_log}
-        pages = (pool.window, pool.states_in_pages, self.state_table)
-        return prefill_memory(self.query, *pages, self.prefill_plan, **keywords)
+        return prefill_memory(self.query, pool.window, pool.state, self.state_table, self.prefill_plan, **keywords)
 
     def read_out(self, o: torch.Tensor, rows: torch.Tensor, router: torch.Tensor | None = None) -> None:
         """Add what was read to the output, by the weights of one of the layer's copies."""
@@ -320,11 +310,11 @@ class Step:
 
     def gather_states(self) -> torch.Tensor:
         """Return the states ``[R, H, D_v, D_k]``."""
-        return gather_states(self.layer.pool.states_in_pages, self.state_table, self.prefill_plan)
+        return gather_states(self.layer.pool.state, self.state_table, self.prefill_plan)
 
     def scatter_states(self, states: torch.Tensor) -> None:
         """Write the states back."""
-        scatter_states(states, self.layer.pool.states_in_pages, self.state_table, self.prefill_plan)
+        scatter_states(states, self.layer.pool.state, self.state_table, self.prefill_plan)
 
     def chunks(self) -> Call:
         """Return flash-linear-attention's chunk kernels, on tensors that lie ready."""
@@ -336,10 +326,10 @@ class Step:
 
         Its inputs lie ready. States are gathered ``on_pages`` before and scattered after, or lie ready as well.
         """
-        ready, states = self.gather(), self.gather_states()
+        ready, states = self.gather(), None if on_pages else self.gather_states()
 
         def call() -> torch.Tensor:
-            if not on_pages:
+            if states is not None:
                 return _recurrent(self.memory, self.scale, *ready, states)[0]
             o, new_states = _recurrent(self.memory, self.scale, *ready, self.gather_states())
             self.scatter_states(new_states)

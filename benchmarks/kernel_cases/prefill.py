@@ -62,7 +62,7 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
         row.times = {
             "memory": timer.stream(step.prefill),
             "fla alone": timer.stream(step.chunks()),
-            "read out": timer.stream(partial(step.read_out, torch.randn_like(step.query), step.prefill_plan.rows)),
+            "read out": timer.stream(partial(step.read_out, torch.randn_like(step.query), step.prefill_plan.reads)),
         }
         row.ratios = {
             "memory/fla alone": row.faster("memory", "fla alone"),

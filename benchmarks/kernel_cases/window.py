@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernel_cases import oracles
-from kernel_cases.attention import attend, full_rows, windowed_rows
+from kernel_cases.attention import attend, full_spans, windowed_spans
 from kernel_cases.layer import Layer
 from kernel_cases.oracles import compare
 from kernel_cases.setting import Model, Row, Setting
@@ -75,10 +75,10 @@ class Batch:
         self.layer, self.step = layer, layer.step(first, requests)
         self.compaction: Call = lambda: None
         if layer.full:
-            rows = full_rows(self.step, layer.tokens, layer.length)
+            spans = full_spans(self.step, layer.tokens, layer.length)
         else:
-            rows, self.compaction = windowed_rows(self.step, layer.tokens)
-        self.attend = attend(self.step, rows)
+            spans, self.compaction = windowed_spans(self.step, layer.tokens)
+        self.attend = attend(self.step, spans)
         if layer.memory:
             self.plan()
 
@@ -94,7 +94,7 @@ class Batch:
         if self.layer.tokens == 1:
             step.read_out(step.decode(), step.rows)
         else:
-            step.read_out(step.prefill(), step.prefill_plan.rows)
+            step.read_out(step.prefill(), step.prefill_plan.reads)
 
     def __call__(self) -> None:
         """Run the whole layer, between projections of its input and ``o_proj``."""

@@ -28,6 +28,10 @@ def python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
+def in_interpreter(test: Any) -> Any:
+    return pytest.mark.slow(pytest.mark.gpu_path(test))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("kernels")
@@ -37,7 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"said": done.stdout, **{path.stem: json.loads(path.read_text()) for path in folder.iterdir()}}
 
 
-@pytest.mark.slow
+@in_interpreter
 @pytest.mark.parametrize(
     ("case", "rows", "times", "ratio", "aims"),
     [
@@ -67,13 +71,13 @@ def test_verifies_and_times(
     assert "not vLLM's" in result["attention"]
 
 
-@pytest.mark.slow
+@in_interpreter
 def test_attention_by_vllm_is_verified(results: dict[str, Any]) -> None:
     assert results["vllm"]["failures"] == [] and results["vllm"]["cases"] == {"window": []}
     assert "unified_attention" in results["vllm"]["attention"]
 
 
-@pytest.mark.slow
+@in_interpreter
 def test_what_is_wrong_is_not_timed(results: dict[str, Any]) -> None:
     wrong = results["wrong"]
     (failure,) = wrong["failures"]
@@ -82,14 +86,14 @@ def test_what_is_wrong_is_not_timed(results: dict[str, Any]) -> None:
     assert [aim["met"] for aim in wrong["aims"]] == [None, None]
 
 
-@pytest.mark.slow
+@in_interpreter
 def test_what_there_is_no_time_for_is_named(results: dict[str, Any]) -> None:
     late = results["late"]
     assert late["left out"] == ["Cache write, tiny, Mamba2"] and late["failures"] == []
     assert late["cases"]["write"] == [] and results["write"]["left out"] == []
 
 
-@pytest.mark.slow
+@in_interpreter
 def test_command_line(results: dict[str, Any]) -> None:
     assert "nothing was timed" in results["said"]
     assert results["command"]["cases"] == {"write": []} and results["command"]["failures"] == []
