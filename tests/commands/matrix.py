@@ -25,6 +25,7 @@ import torch
 import vllm
 from tabulate import tabulate
 
+from support import servers
 from support.servers import Server, environment, program, run, start
 from vllm_ahn.reference import from_folders
 from vllm_ahn.tools.tiny import make_tiny
@@ -241,6 +242,7 @@ def cell(check: Check, column: Column, env: dict[str, str]) -> str:
 
 
 def write(file: Path, columns: list[Column], rows: list[list[str]]) -> None:
+    missing = "" if len(rows) == len(ROWS) else f"So far {len(rows)} of its {len(ROWS)} rows were run.\n\n"
     table = tabulate(rows, ["command", *(column.name for column in columns)], tablefmt="github")
     file.write_text(
         "# vLLM's commands, with and without an AHN\n\n"
@@ -250,7 +252,7 @@ def write(file: Path, columns: list[Column], rows: list[list[str]]) -> None:
         "times as long as the window. Bad input (of the AHN: a checkpoint\nthat is not there) *works* if the command "
         "ends at once with one sentence and no traceback.\nMade by `make commands` "
         "(`tests/commands/matrix.py`).\n\n"
-        f"{table}\n"
+        f"{missing}{table}\n"
     )
 
 
@@ -259,6 +261,7 @@ def main() -> int:
     parser.add_argument("file", type=Path, help="the table, Markdown")
     parser.add_argument("--only", default="", metavar="WORD", help="only the rows with this in their name")
     args = parser.parse_args()
+    servers.START_S = LIMIT_S
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         columns = make_columns(work)
