@@ -7,7 +7,6 @@ needs and then forks a process of its own for each engine that :func:`run` asks 
 their processes, which import this file again as their main module.
 """
 
-import functools
 import importlib
 import json
 import os
@@ -35,8 +34,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-
-ENDED = "the job has ended\n"
 
 TWO_PROCESSES = {
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
@@ -90,12 +87,21 @@ def run(
         "flash_version": flash_version,
         "arguments": arguments if logits is None else {"logprobs_mode": "raw_logits", **arguments},
     }
-    return _starter(tuple((environment or {}).items())).run(job)
+    return _starter(environment or {}).run(job)
 
 
-@functools.cache
-def _starter(environment: tuple[tuple[str, str], ...]) -> "_Starter":
-    return _Starter(dict(environment))
+_starters: dict[tuple[tuple[str, str], ...], "_Starter"] = {}
+
+
+def _starter(environment: dict[str, str]) -> "_Starter":
+    """Return the process that starts engines with these variables; there is one at a time, of a gigabyte."""
+    key = tuple(environment.items())
+    if key not in _starters:
+        for other in _starters.values():
+            other.end()
+        _starters.clear()
+        _starters[key] = _Starter(environment)
+    return _starters[key]
 
 
 class _Starter:
@@ -122,13 +128,22 @@ class _Starter:
             said = []
             for line in self.process.stdout:
                 said.append(line)
-                if line == ENDED:
+                if line == ended(folder):
                     break
             log, result = Path(folder, "log"), Path(folder, "result.json")
             said += [log.read_text()] if log.exists() else []
             assert result.exists(), "".join(said)[-10000:]
             values: dict[str, Any] = json.loads(result.read_text())
             return values
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def ended(folder: str) -> str:
+    """Return the line that says that the job of this folder has ended."""
+    return f"the job in {folder} has ended\n"
 
 
 def prepare(worker: Any, warm_up: bool) -> dict[str, Any]:
@@ -158,11 +173,12 @@ def main() -> None:
     import support.engines  # noqa: F401  and with it vLLM
 
     for line in sys.stdin:
+        job = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            child(json.loads(line))
+            child(job)
         os.waitpid(pid, 0)
-        sys.stdout.write(ENDED)
+        sys.stdout.write(ended(job["folder"]))
         sys.stdout.flush()
 
 
