@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def test_logits(name: str, sinks_fill_blocks: bool, tmp_path: Path) -> None:
     """Prompts of every kind of length in one batch, chunks that end anywhere, windows at odd numbers.
 
-    Attention past W + S has two ways, by whether sinks and window fill blocks; see `vllm_ahn.attention.cpu.lossless`.
+    Attention past W + S has two ways, by whether sinks and window fill blocks; see `vllm_ahn.attention.window`.
     """
     seed = list(MODELS).index(name)
     generator = torch.Generator().manual_seed(seed)

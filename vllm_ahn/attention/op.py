@@ -5,18 +5,16 @@ It reads and writes caches that the compiler knows nothing of, by metadata that 
 
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.utils.torch_utils import (
-    LayerNameType,
-    _encode_layer_name,
-    _resolve_layer_name,
-    direct_register_custom_op,
-)
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from vllm_ahn.attention.core import LayerInputs
+from vllm_ahn.plugin.compat import layer_name_codec
 
 OP_NAME = "ahn_attention"
 QUALIFIED_NAME = f"vllm::{OP_NAME}"
 """As vLLM's compiler knows the operation."""
+
+encode_layer_name, _resolve_layer_name = layer_name_codec()
 
 
 def _ahn_attention(
@@ -63,4 +61,3 @@ direct_register_custom_op(
 )
 
 ahn_attention = torch.ops.vllm.ahn_attention
-encode_layer_name = _encode_layer_name

@@ -61,15 +61,6 @@ def can_split_masked_attention(block_size: int) -> bool:
     return block_size == 16 or not is_release(0, 32)
 
 
-def masked_first_tile_counts() -> bool:
-    """Return whether vLLM's Triton attention takes a query's first tile for scores of 0 if all of it is masked.
-
-    Until 0.32, and scores far below 0 then vanish beside it. The older end of a window is such a tile for the later
-    queries of a chunk.
-    """
-    return is_release(0, 32)
-
-
 def register_own_specs() -> None:
     """Have vLLM's registry of cache specs add vLLM's own.
 

@@ -36,9 +36,9 @@ class TritonAttention:
         self.part_outputs = torch.empty((*parts, next_power_of_2(spec.head_size)), device=device)
         self.part_maxima = torch.empty(parts, device=device)
         self.part_sums = torch.empty(parts, device=device)
-        # Until 0.32 the kernel takes a query's first tile for scores of 0 if all of it is masked, as the older end of a
-        # window is for the later queries of a tile; real scores far below then vanish beside it. A key without a value
-        # and with a score below all others, one a head, comes first instead, and weighs nothing.
+        # The kernel may take a query's first tile for scores of 0 if all of it is masked, as the older end of a window
+        # is for the later queries of a tile; real scores far below then vanish beside it. A key without a value and
+        # with a score below all others, one a head, comes first instead, and weighs nothing.
         self.floor = torch.full((num_heads,), FLOOR, device=device)
 
     def schedule(self, spans: AttentionSpans) -> None:
