@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def perplexity_table(suite: dict[str, Any]) -> str:
                 for part in ("all", "within_window", "beyond_window")
             ]
             cells = [NOTHING if rate is None else f"{rate:.3f}" for rate in rates]
-            cells.append(tqdm.format_sizeof(measured["held"][-1][1], "B"))
+            size = tqdm.format_sizeof(measured["held"][-1][1])  # without a space: 590k
+            cells.append(re.sub(r"([\d.]+)(\D*)", r"\1 \2B", size))
         rows.append([row["label"], *cells])
     return table(rows)
 
