@@ -4,31 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_ahn.tools.evaluate import texts
 from vllm_ahn.tools.evaluate.answers import Answers, ask
-
-if TYPE_CHECKING:
-    from vllm_ahn.tools.evaluate.plan import Row
-
-BUCKETS = 32
-"""Points of a curve."""
-
-AFTER_PROMPT = 3
-"""Tokens that are generated: the engine gives no log-probabilities of the prompt without one, and while it makes the
-third, it holds the cache that the whole text needs, without a step's tokens on top."""
-
-
-def engine_arguments(context: int) -> dict[str, Any]:
-    """Return the default arguments of `vllm.LLM` for texts of `context` tokens, the same for every method."""
-    return {
-        # A cached prefix is not computed, so it would have no log-probabilities.
-        "enable_prefix_caching": False,
-        # The cache of a step's tokens is held in any case, so steps must be short beside the text; and the logits of a
-        # whole step are in memory at once, 4 bytes for each token of the vocabulary.
-        "max_num_batched_tokens": min(1024, max(32, context // BUCKETS)),
-    }
+from vllm_ahn.tools.evaluate.plan import AFTER_PROMPT, BUCKETS, Row
 
 
 def measure(row: Row, answers: Answers, send: Callable[..., None]) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_ahn.errors import AHNError
 from vllm_ahn.tools.evaluate import flags, markdown, packages, plot
-from vllm_ahn.tools.evaluate.perplexity import AFTER_PROMPT
-from vllm_ahn.tools.evaluate.plan import make_setting
+from vllm_ahn.tools.evaluate.plan import AFTER_PROMPT, make_setting
 from vllm_ahn.tools.evaluate.report import failed
 from vllm_ahn.tools.evaluate.suites import Suite
 

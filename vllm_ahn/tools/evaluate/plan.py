@@ -11,11 +11,30 @@ from typing import Any
 
 from vllm_ahn import __version__
 from vllm_ahn.errors import AHNError
-from vllm_ahn.tools.evaluate import perplexity, texts
+from vllm_ahn.tools.evaluate import texts
 from vllm_ahn.tools.evaluate.data import data_root
 from vllm_ahn.tools.evaluate.methods import Base, Method
 from vllm_ahn.tools.evaluate.suites import Suite
 from vllm_ahn.tools.evaluate.tasks import RULER_GROUPS
+
+BUCKETS = 32
+"""Points of a curve of perplexity."""
+
+AFTER_PROMPT = 3
+"""Tokens that are generated: the engine gives no log-probabilities of the prompt without one, and while it makes the
+third, it holds the cache that the whole text needs, without a step's tokens on top."""
+
+
+def perplexity_arguments(context: int) -> dict[str, Any]:
+    """Return the default arguments of `vllm.LLM` for texts of `context` tokens, the same for every method."""
+    return {
+        # A cached prefix is not computed, so it would have no log-probabilities.
+        "enable_prefix_caching": False,
+        # The cache of a step's tokens is held in any case, so steps must be short beside the text; and the logits of a
+        # whole step are in memory at once, 4 bytes for each token of the vocabulary.
+        "max_num_batched_tokens": min(1024, max(32, context // BUCKETS)),
+    }
+
 
 NO_INFLUENCE = (
     "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_seqs", "download_dir",
@@ -54,7 +73,7 @@ class Setting:
     @property
     def context(self) -> int:
         """Tokens of a stretch of text whose perplexity is measured."""
-        return self.max_model_len - perplexity.AFTER_PROMPT
+        return self.max_model_len - AFTER_PROMPT
 
     def lm_eval(self) -> tuple[str, dict[str, Any], str]:
         """Return lm-eval's group to run, its metadata, and the name of the score."""
@@ -163,7 +182,7 @@ def _row(setting: Setting, method: Method, base: Base, given: Mapping[str, Any])
     if method.name == "yarn" and base.yarn_factor(length) is None:
         fits = f"{length:,} tokens fit the base's own {base.positions:,}, so it is full attention"
         return Row(setting, method, not_run=f"not run: {fits}")
-    defaults = perplexity.engine_arguments(setting.context) if setting.suite.kind == "perplexity" else {}
+    defaults = perplexity_arguments(setting.context) if setting.suite.kind == "perplexity" else {}
     # All that decides how the model answers. Methods differ in additional_config and hf_overrides only.
     engine = {**defaults, **given, "max_model_len": length}
     served = {}
