@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,12 +28,13 @@ from tabulate import tabulate
 
 from support import servers
 from support.servers import Server, environment, program, run, start
-from vllm_ahn.reference import from_folders
+from vllm_ahn.reference import ReferenceModel, from_folders
 from vllm_ahn.tools.tiny import make_tiny
 
 WINDOW, SINKS, PROMPT, ANSWER = 40, 8, 120, 8
 """Tokens: the prompt leaves the window."""
 
+QUESTION = "What leaves the window is absorbed into the state. " * 4
 LIMIT_S = 900.0
 SMALL = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20))
 RANDOM = ("--dataset-name", "random", "--random-input-len", str(PROMPT), "--random-output-len", str(ANSWER))
@@ -45,10 +47,18 @@ class Column:
     name: str
     model: Path
     flags: tuple[str, ...]
+    reference: ReferenceModel
     prompt: list[int]
-    expected: list[int]
-    """What the reference answers to `prompt`."""
     work: Path
+
+    @cached_property
+    def expected(self) -> list[int]:
+        """What the reference answers to `prompt`."""
+        return self.answer(self.prompt)
+
+    def answer(self, prompt: list[int]) -> list[int]:
+        """Return what the reference answers."""
+        return self.reference.generate(torch.tensor([prompt]), ANSWER).tokens[0].tolist()
 
     @property
     def config_file(self) -> Path:
@@ -63,9 +73,9 @@ class Column:
     def batch_file(self) -> Path:
         """One request of ``vllm run-batch``."""
         file = self.work / f"{self.name}.jsonl"
-        body = {"model": str(self.model), "prompt": self.prompt, "max_tokens": ANSWER, "temperature": 0}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        line = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": body}
+        body = {"model": str(self.model), "messages": [{"role": "user", "content": QUESTION}], "max_tokens": ANSWER}
+        body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        line = {"custom_id": "one", "method": "POST", "url": "/v1/chat/completions", "body": body}
         file.write_text(json.dumps(line) + "\n")
         return file
 
@@ -81,8 +91,8 @@ def make_columns(work: Path) -> list[Column]:
     columns = []
     for name, ahn in (("plain", None), ("AHN", paths.ahn)):
         flags = () if ahn is None else ("--ahn", str(ahn), "--ahn-window", str(WINDOW), "--ahn-sinks", str(SINKS))
-        answer = from_folders(paths.base, ahn, WINDOW, SINKS).generate(prompt[None], ANSWER).tokens[0].tolist()
-        columns.append(Column(name, paths.base, flags, prompt.tolist(), answer, work))
+        reference = from_folders(paths.base, ahn, WINDOW, SINKS)
+        columns.append(Column(name, paths.base, flags, reference, prompt.tolist(), work))
     assert columns[0].expected != columns[1].expected, "the table could not tell the models apart"
     return columns
 
@@ -154,10 +164,9 @@ def clients(column: Column, env: dict[str, str]) -> None:
         bench = [vllm_command, "bench", "serve", "--base-url", server.url, "--model", str(column.model), *RANDOM]
         ends_well(column, [*bench, "--num-prompts", "2"], r"Successful requests: +2\b", env, engine=False)
         url = ["--url", f"{server.url}/v1"]
-        question = "What leaves the window is absorbed into the state. " * 4
         for tool, marker in (("complete", r"[ -~]"), ("chat", r"[ -~]")):
             more = ["--max-tokens", "8"] if tool == "complete" else []
-            ends_well(column, [vllm_command, tool, *url, "-q", question, *more], marker, env, engine=False)
+            ends_well(column, [vllm_command, tool, *url, "-q", QUESTION, *more], marker, env, engine=False)
         says_which_model(column, server.log)
 
 
@@ -175,9 +184,12 @@ def run_batch(column: Column, env: dict[str, str]) -> None:
     out = column.work / f"{column.name}.out.jsonl"
     command = [program("vllm"), "run-batch", "-i", str(column.batch_file), "-o", str(out)]
     ends_well(column, [*command, "--model", str(column.model), *column.flags, *SMALL], "", env)
-    tokens = json.loads(out.read_text())["response"]["body"]["choices"][0]["token_ids"]
-    if tokens != column.expected:
-        raise Failed(f"it answers {tokens}, and the reference {column.expected}")
+    answered = json.loads(out.read_text())["response"]["body"]
+    prompt, tokens = answered["prompt_token_ids"], answered["choices"][0]["token_ids"]
+    if len(prompt) <= WINDOW + SINKS:
+        raise Failed(f"a prompt of {len(prompt)} tokens does not leave the window")
+    if tokens != column.answer(prompt):
+        raise Failed(f"it answers {tokens}, and the reference {column.answer(prompt)}")
 
 
 def bad_input(*command: str) -> Check:
