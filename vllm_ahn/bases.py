@@ -34,6 +34,9 @@ class Base:
     default_head_dim: int | None = None
     """The head size that a ``config.json`` without ``head_dim`` means; None: hidden size / heads."""
 
+    may_have_window: bool = False
+    """Its ``config.json`` has ``use_sliding_window`` and the lengths that go with it, used or not."""
+
 
 BASES = (
     Base(
@@ -42,6 +45,7 @@ BASES = (
         model_class="vllm_ahn.models.qwen2:AHNQwen2ForCausalLM",
         model_type="qwen2",
         layer_implementation="Qwen2MemDecoderLayer",
+        may_have_window=True,
     ),
     Base(
         architecture="Qwen3ForCausalLM",
@@ -50,6 +54,7 @@ BASES = (
         model_type="qwen3",
         layer_implementation="Qwen3MemDecoderLayer",
         default_head_dim=128,
+        may_have_window=True,
     ),
 )
 

@@ -121,7 +121,6 @@ def make_tiny(
         "initializer_range": 0.02,
         "intermediate_size": intermediate,
         "max_position_embeddings": max_position_embeddings,
-        "max_window_layers": layers,
         "model_type": model_type,
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
@@ -129,14 +128,18 @@ def make_tiny(
         "rms_norm_eps": 1e-6,
         "rope_scaling": None,
         "rope_theta": 10000.0,
-        "sliding_window": max_position_embeddings,
         "tie_word_embeddings": own_head_dim if tie_word_embeddings is None else tie_word_embeddings,
         "torch_dtype": dtype,
         "transformers_version": "4.51.0",
         "use_cache": True,
-        "use_sliding_window": False,
         "vocab_size": vocab,
     }
+    if MODEL_TYPES[model_type].may_have_window:
+        config |= {
+            "max_window_layers": layers,
+            "sliding_window": max_position_embeddings,
+            "use_sliding_window": False,
+        }
     if own_head_dim:
         config |= {"attention_bias": False, "head_dim": head_dim or 2 * hidden // heads}
     shape = BaseShape.from_config(config, "make-tiny")
