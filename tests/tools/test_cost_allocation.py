@@ -60,10 +60,10 @@ def what_the_engine_reports(config: VllmConfig) -> tuple[int, float]:
     with set_current_vllm_config(config):
         for index in range(hf.num_hidden_layers):
             name = f"model.layers.{index}.self_attn.attn"
-            if ahn is None:
-                Attention(heads, 128, 1.0, kv_heads, cache_config=config.cache_config, prefix=name)
-            else:
-                AHNAttention(heads, kv_heads, 128, 1.0, AHNConfig.from_dict(ahn), None, None, False, name)
+            base = Attention(heads, 128, 1.0, kv_heads, cache_config=config.cache_config, prefix=name)
+            if ahn is not None:
+                served = AHNConfig.from_dict(ahn)
+                AHNAttention(heads, kv_heads, 128, 1.0, served, None, None, full_attention=False, replaces=base)
     layers = config.compilation_config.static_forward_context
     specs = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
     (cache,) = get_kv_cache_configs(config, [specs], [MEMORY])
