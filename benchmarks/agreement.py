@@ -10,17 +10,16 @@ Where weights are on disk, `check_past` asks the reference in float32 instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from engines import Choice, EngineProcess, Prompt
 from models import FULL, ROWS, Comparison
 from report import Mismatch
 from vllm_ahn.config import NO_MEMORY
-
-if TYPE_CHECKING:
-    from vllm_ahn.reference import ReferenceModel
+from vllm_ahn.reference import from_folders
 
 LEAST_COMPARED = 0.5
 """Share of the tokens that must have been compared for an agreement to count."""
@@ -28,16 +27,13 @@ LEAST_COMPARED = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """What was compared, and how near it was."""
+    """What was compared: of so many ``tokens``, steps that were, those of them at which both chose the same token, and
+    the largest difference between two log-probabilities of one token."""
 
     tokens: int
-    """Tokens that were asked for."""
     compared: int
-    """Steps that were compared."""
     equal: int
-    """Steps of these at which both chose the same token."""
     difference: float
-    """Largest difference between two log-probabilities of one token."""
 
     def __str__(self) -> str:
         ties = self.compared - self.equal
@@ -49,16 +45,10 @@ class Agreement:
 def compare(
     expected: Sequence[Sequence[Choice]], got: Sequence[Sequence[Choice]], tolerance: float, names: Sequence[str]
 ) -> Agreement:
-    """Compare answers to the same prompts, step by step.
+    """Compare two engines' answers to the same prompts, step by step.
 
-    Args:
-        expected: one engine's answers.
-        got: the other's.
-        tolerance: largest difference of a log-probability, in nats.
-        names: the answers' names, for messages.
-
-    Raises:
-        Mismatch: they differ by more, or too little could be compared.
+    ``tolerance`` is the largest difference of a log-probability, in nats; ``names`` are the answers', for messages.
+    Raises `Mismatch` if they differ by more, or too little could be compared.
     """
     tokens = sum(len(answer) for answer in expected)
     compared = equal = 0
@@ -113,7 +103,7 @@ def check_inside(full: EngineProcess, other: EngineProcess, prompts: Sequence[Pr
 def check_past(
     full: EngineProcess,
     other: EngineProcess,
-    reference: ReferenceModel,
+    reference: Callable[..., torch.Tensor],
     prompts: Sequence[Prompt],
     answer: int,
     tolerance: float,
@@ -123,8 +113,6 @@ def check_past(
     Each token's logit may be ``tolerance`` less than the reference's best. Returns what was found. Raises `Mismatch` if
     one is further off, or if full attention gives all the same answers, which would show nothing.
     """
-    import torch
-
     answers = other.generate(prompts, answer).tokens
     short_of_best = 0.0
     for prompt, tokens in zip(prompts, answers, strict=True):
@@ -150,14 +138,10 @@ def check_rows(
     answer: int,
 ) -> dict[str, str]:
     """Check every row but full attention as `check_inside` and `check_past` do; return what was found."""
-    from vllm_ahn.reference import from_folders
-
     found = {}
-    for row in setting.rows[1:]:
-        text, memory = ROWS[row].text, str(ROWS[row].memory)
-        found[f"{text}, inside the window"] = check_inside(engines[FULL], engines[row], inside, answer)
-        ahn = NO_MEMORY if memory == NO_MEMORY else folders[memory]
+    for name, row in ((name, ROWS[name]) for name in setting.rows[1:]):
+        full, engine, ahn = engines[FULL], engines[name], folders.get(str(row.memory), NO_MEMORY)
         reference = from_folders(folders["base"], ahn, setting.window, setting.sinks)
-        checked = check_past(engines[FULL], engines[row], reference, past, answer, setting.tolerance)
-        found[f"{text}, past it"] = checked
+        found[f"{row.text}, inside the window"] = check_inside(full, engine, inside, answer)
+        found[f"{row.text}, past it"] = check_past(full, engine, reference, past, answer, setting.tolerance)
     return found

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,10 +81,10 @@ class Timer:
         part = min(num_bytes // 2 + 15 & ~15, len(self._source))
         starts = range(0, len(self._source) - part + 1, part)[: self.sets(num_bytes)]
 
-        def copy(start: int) -> Call:
-            return lambda: self._target[start : start + part].copy_(self._source[start : start + part])
+        def copy(start: int) -> None:
+            self._target[start : start + part].copy_(self._source[start : start + part])
 
-        times = self.graph([copy(start) for start in starts])
+        times = self.graph([partial(copy, start) for start in starts])
         scale = max(num_bytes / (2 * part), 1)
         return replace(times, median=scale * times.median, low=scale * times.low, high=scale * times.high)
 
