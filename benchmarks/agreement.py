@@ -1,7 +1,7 @@
 """Whether an engine's greedy answers are those they should be, as far as rounding lets them.
 
-Tokens alone cannot tell. Between the two most likely of 150,000 tokens there is often less than what bfloat16 rounds
-off, and after one token that differs everything does. So `compare` compares the log-probabilities of the most likely
+Tokens alone cannot tell: between the two most likely of 150,000 there is often less than what bfloat16 rounds off, and
+after one that differs everything does. So `compare` compares the log-probabilities of the most likely
 tokens at every step, to a tolerance; the first step at which two engines choose differently, allowed only if by their
 own figures both tokens were about as likely, ends the comparison of that answer, as the contexts differ from there on.
 Where weights are on disk, `check_past` asks the reference in float32 instead.
@@ -20,6 +20,12 @@ from models import FULL, ROWS, Comparison
 from report import Mismatch
 from vllm_ahn.config import NO_MEMORY
 from vllm_ahn.reference import from_folders
+
+Prompts = Sequence[Prompt]
+Answers = Sequence[Sequence[Choice]]
+Engines = dict[str, EngineProcess]
+Reference = Callable[..., torch.Tensor]
+"""As `vllm_ahn.reference.ReferenceModel` is called."""
 
 LEAST_COMPARED = 0.5
 """Share of the tokens that must have been compared for an agreement to count."""
@@ -42,9 +48,7 @@ class Agreement:
         return f"{self.equal} of {self.tokens} tokens equal{ended}; {within}"
 
 
-def compare(
-    expected: Sequence[Sequence[Choice]], got: Sequence[Sequence[Choice]], tolerance: float, names: Sequence[str]
-) -> Agreement:
+def compare(expected: Answers, got: Answers, tolerance: float, names: Sequence[str]) -> Agreement:
     """Compare two engines' answers to the same prompts, step by step.
 
     ``tolerance`` is the largest difference of a log-probability, in nats; ``names`` are the answers', for messages.
@@ -77,7 +81,7 @@ def compare(
     return Agreement(tokens, compared, equal, difference)
 
 
-def largest_difference(one: Sequence[Sequence[Choice]], other: Sequence[Sequence[Choice]]) -> float:
+def largest_difference(one: Answers, other: Answers) -> float:
     """Return how far apart the first tokens of any two answers are: the largest difference of a log-probability, nats.
 
     A token that is among the most likely of one alone counts as far as it is off at least.
@@ -90,7 +94,7 @@ def largest_difference(one: Sequence[Sequence[Choice]], other: Sequence[Sequence
     return largest
 
 
-def check_inside(full: EngineProcess, other: EngineProcess, prompts: Sequence[Prompt], answer: int) -> str:
+def check_inside(full: EngineProcess, other: EngineProcess, prompts: Prompts, answer: int) -> str:
     """Compare greedy answers of ``answer`` tokens, all prompts at once, which must stay inside the window.
 
     Returns what was found. Raises `Mismatch` unless all tokens are those of full attention.
@@ -101,12 +105,7 @@ def check_inside(full: EngineProcess, other: EngineProcess, prompts: Sequence[Pr
 
 
 def check_past(
-    full: EngineProcess,
-    other: EngineProcess,
-    reference: Callable[..., torch.Tensor],
-    prompts: Sequence[Prompt],
-    answer: int,
-    tolerance: float,
+    full: EngineProcess, other: EngineProcess, reference: Reference, prompts: Prompts, answer: int, tolerance: float
 ) -> str:
     """Compare greedy answers of ``answer`` tokens to prompts past the window with what ``reference`` computes.
 
@@ -130,12 +129,7 @@ def check_past(
 
 
 def check_rows(
-    setting: Comparison,
-    engines: dict[str, EngineProcess],
-    folders: dict[str, Path],
-    inside: Sequence[Prompt],
-    past: Sequence[Prompt],
-    answer: int,
+    setting: Comparison, engines: Engines, folders: dict[str, Path], inside: Prompts, past: Prompts, answer: int
 ) -> dict[str, str]:
     """Check every row but full attention as `check_inside` and `check_past` do; return what was found."""
     found = {}

@@ -61,14 +61,7 @@ REAL: dict[str, Any] = {
     "dtype": "bfloat16",
     "rows": (FULL, "full-fp8", WINDOW, AHN),
     "contexts": (131072, 32768),
-    "window": 32640,
-    "sinks": 128,
-    "max_batch": 64,
-    "sequences": 4,
-    "budget": 8192,
-    "steps": 16,
-    "repetitions": 3,
-}
+} | {"window": 32640, "sinks": 128, "max_batch": 64, "sequences": 4, "budget": 8192, "steps": 16, "repetitions": 3}
 TINY: dict[str, Any] = (
     REAL
     | {"model": "tiny", "dtype": "float32", "contexts": (384, 128), "window": 96, "sinks": 32, "max_batch": 12}
@@ -134,9 +127,7 @@ def read_setting(args: argparse.Namespace) -> Comparison:
 class Run:
     """All rows of one run, each in engines of its own: an eager one to verify by, then the one that is measured.
 
-    Attributes:
-        missing: rows that vLLM does not have on this device, and what it says.
-        answers: of the eager engines, to `prompts`.
+    ``missing`` are rows that vLLM does not have on this device, and what it says; ``answers`` are the eager engines'.
     """
 
     def __init__(self, setting: Comparison, folders: dict[str, Path], threads: int | None) -> None:

@@ -82,10 +82,7 @@ class Decoding(NamedTuple):
 class EngineProcess:
     """An engine in a process of its own. Its methods are those of `Engine`; they raise `EngineError`.
 
-    Args:
-        arguments: of `vllm.LLM`.
-        threads: OpenMP's, None for its own choice.
-        seed: of random weights for ``load_format="dummy"``, None for vLLM's own values.
+    ``arguments`` are those of `vllm.LLM`, ``threads`` OpenMP's; ``seed`` makes weights for ``load_format="dummy"``.
     """
 
     def __init__(self, arguments: dict[str, Any], threads: int | None = None, seed: int | None = None) -> None:

@@ -26,26 +26,16 @@ class Ladder:
     If a sequence keeps all its blocks until it ends, as many fit as vLLM counts, and more would be preempted before
     they end. Else vLLM counts with what a sequence holds while its prompt is computed, and more fit than that: they
     are found by trying.
-
-    Args:
-        setting: the same for all rows, as are the next two.
-        context: tokens of a sequence at its end.
-        block_size: the largest of any row's.
-        row: of the comparison.
-        engine: the row's.
-
-    Attributes:
-        settling_steps: after as many, every sequence has once taken a block and given one back: then all repeats.
-        answer_tokens: what the first sequence may have to generate until all have come and every batch is measured.
-        prompt_tokens: of every prompt, what the answer leaves of the context.
     """
 
     def __init__(self, setting: Comparison, context: int, block_size: int, row: str, engine: EngineProcess) -> None:
         self.setting, self.engine = setting, engine
+        # After as many, every sequence has once taken a block and given one back: then all repeats.
         self.settling_steps = block_size + 2
         steps_of_a_prefill = math.ceil(context / max(1, setting.budget - setting.max_batch)) + 1
         measured = (len(setting.batches) + 2) * setting.repetitions * (setting.steps + 2)
         settling = 0 if context <= setting.capacity else 2 * self.settling_steps
+        # What the first sequence may have to generate until all have come and every batch is measured.
         self.answer_tokens = setting.max_batch * steps_of_a_prefill + measured + settling
         self.prompt_tokens = context - self.answer_tokens
         self.count: float = engine.count(context)

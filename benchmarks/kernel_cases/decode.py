@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,13 @@ from vllm_ahn.memory.spec import MemorySpec
 SPREAD = 32
 """Evicted tokens lie in so many positions after the sinks."""
 
+
+def _from_32(sizes: dict[str, int]) -> bool:
+    return sizes["batch"] >= 32
+
+
 AIMS = [
-    (
-        "decode memory from batch 32 up, % of copy bandwidth",
-        Aim(">=", 85),
-        "% of copy",
-        lambda sizes: sizes["batch"] >= 32,
-    ),
+    ("decode memory from batch 32 up, % of copy bandwidth", Aim(">=", 85), "% of copy", _from_32),
     ("decode memory, times as fast as flash-linear-attention on pages", Aim(">=", 1), "fla on pages/memory", None),
 ]
 
@@ -79,27 +80,14 @@ def _verify(step: Step, decodes: list[int]) -> None:
     untouched(f"attention of tokens that read nothing, {step}", step.output[beside], before)
 
 
-def num_bytes(model: Model, memory: MemorySpec) -> int:
-    """Return what a request's decode has to move: state in and out, key, value, gates, query, read."""
-    heads, size = model.heads, model.head_size
-    state = 2 * heads * size**2 * 4
-    return state + 2 * (2 * model.kv_heads * size + heads * memory.num_gates + heads * size) + 4 * heads * size
-
-
-def read_out_bytes(model: Model, requests: int) -> int:
-    """Return what the read-out of a batch has to move: weights, reads, gates, attention in and out."""
-    heads, size = model.heads, model.head_size
-    return 2 * heads * size**2 + requests * heads * (4 * size + 4 + 4 * size)
-
-
 def _both(step: Step) -> None:
     step.decode()
     step.read_out(step.o, step.rows)
 
 
-def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
+def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]:
     """Time batches of decodes."""
-    timer, rows = setting.timer, []
+    timer = setting.timer
     calls = {
         "memory": lambda step: step.decode,
         "read out": lambda step: partial(step.read_out, torch.randn_like(step.o), step.rows),
@@ -107,8 +95,13 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
         "fla alone": lambda step: step.recurrent(on_pages=False),
         "fla on pages": lambda step: step.recurrent(on_pages=True),
     }
+    heads, size = model.heads, model.head_size
+    # State in and out, key, value, gates, query, read.
+    request_bytes = 8 * heads * size**2 + 2 * (2 * model.kv_heads * size + heads * (memory.num_gates + 3 * size))
     for requests in setting.decode_batches:
-        moved = requests * num_bytes(model, memory)
+        moved = requests * request_bytes
+        # Weights, reads, gates, attention in and out.
+        read_out_bytes = 2 * heads * size**2 + requests * heads * (8 * size + 4)
         steps = [_step(setting, model, memory, _past(setting, requests)) for _ in range(timer.sets(moved))]
         for step in steps:
             step.plan_decode()
@@ -117,9 +110,8 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
         row.times["copy"] = timer.copy(moved)
         row.ratios = {
             "% of copy": timer.percent_of_copy(moved, row.microseconds("memory")),
-            "read out, % of copy": timer.percent_of_copy(read_out_bytes(model, requests), row.microseconds("read out")),
+            "read out, % of copy": timer.percent_of_copy(read_out_bytes, row.microseconds("read out")),
             **{f"{name}/memory": row.faster(name, "memory") for name in ("copy", "fla on pages", "fla alone")},
         }
-        rows.append(row)
         del step, steps  # before the next ones, which may take half the device
-    return rows
+        yield row

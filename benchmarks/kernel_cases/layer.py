@@ -47,16 +47,8 @@ class Pool:
         window_table, state_table: ``[requests, width]`` int32, as wide as the longest sequence.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        model: Model,
-        memory: MemorySpec | None,
-        requests: int,
-        blocks: Sequence[int],
-        random: bool,
-        vast: bool,
-    ) -> None:
+    def __init__(self, step: Step, requests: int, blocks: Sequence[int], random: bool, vast: bool) -> None:
+        setting, model, memory = step.setting, step.model, step.memory
         self.block_size, self.heads, device = setting.block_size, model.heads, setting.device
         gates = memory.num_gates * model.group if memory else 0
         layout = WindowPageLayout(model.kv_heads, model.head_size, gates, self.block_size, setting.dtype)
@@ -162,7 +154,7 @@ class Step:
                 row = starts[i] + position - (length - count)
                 self.reading[i] = slice(row, starts[i + 1])
                 self.stretches.append(Stretch(i, row, position, length - position))
-        self.pool = Pool(setting, model, memory, len(lengths), blocks, random, vast)
+        self.pool = Pool(self, len(lengths), blocks, random, vast)
         with torch.device(setting.device):
             self.requests = torch.arange(len(lengths))
             self.starts, self.lens = (torch.tensor(x, dtype=torch.int32) for x in (starts, lengths))

@@ -18,15 +18,7 @@ CHUNKED_FROM = 256
 def compare(name: str, got: torch.Tensor, wanted: torch.Tensor, *, mean: float, most: float) -> float:
     """Return the root mean square error of ``got``, relative to ``wanted``; both of any float dtype.
 
-    Args:
-        name: for the message.
-        got: what a kernel computed.
-        wanted: of the same shape.
-        mean: root mean square error allowed, relative to that of ``wanted``.
-        most: error of any element allowed, relative to the largest of ``wanted``.
-
-    Raises:
-        Mismatch: the two do not agree.
+    Raises `Mismatch` if it is more than ``mean``, or an element is off by more than ``most``, relative to the largest.
     """
     if got.shape != wanted.shape:
         raise Mismatch(f"{name}: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")

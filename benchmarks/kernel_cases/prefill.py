@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,9 +36,9 @@ def verify(setting: Setting, model: Model, memory: MemorySpec) -> None:
         verify_memory("prefill_memory", step, list(step.reading), step.prefill, **ALLOWED)
 
 
-def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
+def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]:
     """Time what some requests absorb together."""
-    timer, rows = setting.timer, []
+    timer = setting.timer
     for absorbed in setting.stretches:
         step = _step(setting, model, memory, absorbed)
         row = Row("prefill", model.name, memory.name, {"requests": len(absorbed), "tokens": sum(absorbed)})
@@ -52,5 +52,4 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
             "million tokens/s": sum(absorbed) / row.microseconds("memory"),
             "host, us": row.times["memory"].host or 0.0,
         }
-        rows.append(row)
-    return rows
+        yield row

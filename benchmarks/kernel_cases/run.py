@@ -36,10 +36,7 @@ tuning flash-linear-attention's chunk kernels takes minutes for every number of 
 def main(description: str, arguments: Sequence[str] | None = None, device: str = "cuda") -> int:
     """Run what the command line says; return the exit status.
 
-    Args:
-        description: for ``--help``.
-        arguments: of the command line; None for this program's.
-        device: on a ``cpu``, for tests in Triton's interpreter, small shapes are verified and nothing is timed.
+    On a ``cpu``, for tests in Triton's interpreter, small shapes are verified and nothing is timed.
     """
     parser = report.parser(description)
     parser.add_argument("--cases", type=_names(CASES), default=list(CASES), help=f"some of {','.join(CASES)}")
@@ -80,15 +77,11 @@ def benchmark(
     file: Path | None = None,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """Verify and time, print tables, and return what is written to ``file``.
+    """Verify and time, print tables, and return the result.
 
-    Args:
-        setting: what to measure and on what; without a timer nothing is timed, on a CPU the model is a tiny one.
-        cases: names in `CASES`.
-        models: names in `MODELS`; None for each case's own choice.
-        memories: names; None likewise.
-        file: gets the result, in JSON, after every case, so that a run that is cut short leaves what it has.
-        minutes: after which nothing new is started; what that leaves out is said.
+    Models and memories are each case's own by default; on a CPU the model is a tiny one. ``file`` gets the result in
+    JSON after every case, so that a run that is cut short leaves what it has. Nothing new is started after so many
+    ``minutes``, and what that leaves out is said.
     """
 
     def save() -> None:
@@ -140,7 +133,7 @@ def _run(module: Any, setting: Setting, model: str, memory: str, what: str, fail
     case = (setting, MODELS.get(model, TINY), MEMORIES[memory])
     try:
         module.verify(*case)
-        rows = module.measure(*case) if setting.timer is not None else []
+        rows = list(module.measure(*case)) if setting.timer is not None else []
     except Exception as error:
         failures.append(f"{what}: {type(error).__name__}: {error}")
         print(f"FAILED {failures[-1]}", flush=True)
@@ -177,17 +170,9 @@ def table(rows: Sequence[Row]) -> str:
         sizes = {name: f"{size:,}" for name, size in row.sizes.items() if name != "bytes"}
         times = {f"{name}, us": _figure(times.median) for name, times in row.times.items()}
         ratios = {name: _figure(ratio) for name, ratio in row.ratios.items()}
-        cells.append((sizes, times, ratios))
-    columns = [list(dict.fromkeys(name for row in kind for name in row)) for kind in zip(*cells, strict=True)]
-    lines = [
-        [
-            row.model,
-            row.memory,
-            *(kind.get(name, "") for kind, names in zip(of, columns, strict=True) for name in names),
-        ]
-        for row, of in zip(rows, cells, strict=True)
-    ]
-    return report.table(["model", "memory", *(name for names in columns for name in names)], lines, left=2)
+        cells.append({"model": row.model, "memory": row.memory} | sizes | times | ratios)
+    columns = list(dict.fromkeys(name for row in cells for name in row))
+    return report.table(columns, [[row.get(name, "") for name in columns] for row in cells], left=2)
 
 
 def _figure(value: float) -> str:

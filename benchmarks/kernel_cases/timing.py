@@ -46,12 +46,9 @@ class Timer:
     """Measures on the current device."""
 
     def __init__(self, device: torch.device) -> None:
-        properties = torch.cuda.get_device_properties(device)
-        self.device = device
-        self.name: str = properties.name
-        self.multiprocessors: int = properties.multi_processor_count
-        self.memory_bytes: int = properties.total_memory
-        self.cache_bytes: int = getattr(properties, "L2_cache_size", 0) or 64 << 20
+        self.device, self._properties = device, torch.cuda.get_device_properties(device)
+        self.multiprocessors: int = self._properties.multi_processor_count
+        self.cache_bytes: int = getattr(self._properties, "L2_cache_size", 0) or 64 << 20
         self._flush = torch.empty(4 * self.cache_bytes, dtype=torch.int8, device=device)
         self._source, self._target = torch.empty((2, COPIED), dtype=torch.int8, device=device).random_().unbind()
         self.copy_bandwidth = 2e-3 * COPIED / self.graph([lambda: self._target.copy_(self._source)]).median
@@ -60,9 +57,9 @@ class Timer:
     def describe(self) -> dict[str, Any]:
         """Return the device in figures."""
         return {
-            "name": self.name,
+            "name": self._properties.name,
             "multiprocessors": self.multiprocessors,
-            "memory GiB": round(self.memory_bytes / 2**30, 1),
+            "memory GiB": round(self._properties.total_memory / 2**30, 1),
             "L2 MiB": round(self.cache_bytes / 2**20, 1),
             "copy GB/s": round(self.copy_bandwidth, 1),
         }

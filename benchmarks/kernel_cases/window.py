@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -43,15 +44,7 @@ class LayerStep(Step):
     """
 
     def __init__(
-        self,
-        kind: str,
-        setting: Setting,
-        model: Model,
-        memory: MemorySpec,
-        requests: int,
-        tokens: int,
-        *,
-        vast: bool = False,
+        self, kind: str, setting: Setting, model: Model, memory: MemorySpec, requests: int, tokens: int, *, vast=False
     ) -> None:
         # One token less than blocks would hold: what follows it is NaN.
         self.kind, self.tokens, length, size = kind, tokens, setting.context - 1, setting.block_size
@@ -120,7 +113,7 @@ def verify(setting: Setting, model: Model, memory: MemorySpec) -> None:
             compare(where, step.output[rows], wanted, mean=1e-2, most=3e-2)
 
 
-def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
+def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]:
     """Time decodes and chunks."""
     timer, key_bytes = setting.timer, 4 * model.kv_heads * model.head_size  # of a token, and its value's
     free = SPARE * timer.free_bytes()
@@ -128,7 +121,6 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
     left_out = [batch for batch in setting.attention_batches if batch not in batches]
     if left_out:
         print(f"window attention, {model.name}: batches {left_out} do not fit the device", flush=True)
-    rows = []
     for batch, new in [*((batch, 1) for batch in batches), *((1, new) for new in setting.chunks)]:
         row = Row("window", model.name, memory.name, {"batch": batch, "new": new})
         for kind in KINDS:  # one after the other: together they would take twice the memory
@@ -144,8 +136,7 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
             "AHN layer/no memory": row.faster("AHN layer", "no memory layer"),
             **({"window, % of copy": window} if new == 1 else {}),
         }
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _time(row: Row, steps: list[LayerStep]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from kernel_cases.layer import Step
@@ -40,9 +42,9 @@ def verify(setting: Setting, model: Model, memory: MemorySpec) -> None:
         untouched(f"pages after write_window_pages, {step}", cache, wanted)
 
 
-def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
+def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]:
     """Time writes of so many tokens."""
-    timer, rows = setting.timer, []
+    timer = setting.timer
     for number in setting.written:
         kept = 2 * model.kv_heads * model.head_size
         gates = model.heads * memory.num_gates
@@ -52,5 +54,4 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
         row.times = {"write": timer.graph([step.write for step in steps]), "copy": timer.copy(moved)}
         row.ratios["% of copy"] = timer.percent_of_copy(moved, row.microseconds("write"))
         row.ratios["copy/write"] = row.faster("copy", "write")
-        rows.append(row)
-    return rows
+        yield row
