@@ -1,7 +1,7 @@
 """Whether an engine's greedy answers are those they should be, as far as rounding lets them.
 
-Tokens alone cannot tell. Between the two most likely of 150,000 tokens there is often less than what bfloat16 rounds
-off, and after one token that differs everything does. So `compare` compares the log-probabilities of the most likely
+Tokens alone cannot tell: between the two most likely of 150,000 there is often less than what bfloat16 rounds off, and
+after one that differs everything does. So `compare` compares the log-probabilities of the most likely
 tokens at every step, to a tolerance; the first step at which two engines choose differently, allowed only if by their
 own figures both tokens were about as likely, ends the comparison of that answer, as the contexts differ from there on.
 Where weights are on disk, `check_past` asks the reference in float32 instead.
@@ -10,17 +10,22 @@ Where weights are on disk, `check_past` asks the reference in float32 instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from engines import Choice, EngineProcess, Prompt
 from models import FULL, ROWS, Comparison
 from report import Mismatch
 from vllm_ahn.config import NO_MEMORY
+from vllm_ahn.reference import from_folders
 
-if TYPE_CHECKING:
-    from vllm_ahn.reference import ReferenceModel
+Prompts = Sequence[Prompt]
+Answers = Sequence[Sequence[Choice]]
+Engines = dict[str, EngineProcess]
+Reference = Callable[..., torch.Tensor]
+"""As `vllm_ahn.reference.ReferenceModel` is called."""
 
 LEAST_COMPARED = 0.5
 """Share of the tokens that must have been compared for an agreement to count."""
@@ -28,16 +33,13 @@ LEAST_COMPARED = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """What was compared, and how near it was."""
+    """What was compared: of so many ``tokens``, steps that were, those of them at which both chose the same token, and
+    the largest difference between two log-probabilities of one token."""
 
     tokens: int
-    """Tokens that were asked for."""
     compared: int
-    """Steps that were compared."""
     equal: int
-    """Steps of these at which both chose the same token."""
     difference: float
-    """Largest difference between two log-probabilities of one token."""
 
     def __str__(self) -> str:
         ties = self.compared - self.equal
@@ -46,19 +48,11 @@ class Agreement:
         return f"{self.equal} of {self.tokens} tokens equal{ended}; {within}"
 
 
-def compare(
-    expected: Sequence[Sequence[Choice]], got: Sequence[Sequence[Choice]], tolerance: float, names: Sequence[str]
-) -> Agreement:
-    """Compare answers to the same prompts, step by step.
+def compare(expected: Answers, got: Answers, tolerance: float, names: Sequence[str]) -> Agreement:
+    """Compare two engines' answers to the same prompts, step by step.
 
-    Args:
-        expected: one engine's answers.
-        got: the other's.
-        tolerance: largest difference of a log-probability, in nats.
-        names: the answers' names, for messages.
-
-    Raises:
-        Mismatch: they differ by more, or too little could be compared.
+    ``tolerance`` is the largest difference of a log-probability, in nats; ``names`` are the answers', for messages.
+    Raises `Mismatch` if they differ by more, or too little could be compared.
     """
     tokens = sum(len(answer) for answer in expected)
     compared = equal = 0
@@ -87,7 +81,7 @@ def compare(
     return Agreement(tokens, compared, equal, difference)
 
 
-def largest_difference(one: Sequence[Sequence[Choice]], other: Sequence[Sequence[Choice]]) -> float:
+def largest_difference(one: Answers, other: Answers) -> float:
     """Return how far apart the first tokens of any two answers are: the largest difference of a log-probability, nats.
 
     A token that is among the most likely of one alone counts as far as it is off at least.
@@ -100,7 +94,7 @@ def largest_difference(one: Sequence[Sequence[Choice]], other: Sequence[Sequence
     return largest
 
 
-def check_inside(full: EngineProcess, other: EngineProcess, prompts: Sequence[Prompt], answer: int) -> str:
+def check_inside(full: EngineProcess, other: EngineProcess, prompts: Prompts, answer: int) -> str:
     """Compare greedy answers of ``answer`` tokens, all prompts at once, which must stay inside the window.
 
     Returns what was found. Raises `Mismatch` unless all tokens are those of full attention.
@@ -111,20 +105,13 @@ def check_inside(full: EngineProcess, other: EngineProcess, prompts: Sequence[Pr
 
 
 def check_past(
-    full: EngineProcess,
-    other: EngineProcess,
-    reference: ReferenceModel,
-    prompts: Sequence[Prompt],
-    answer: int,
-    tolerance: float,
+    full: EngineProcess, other: EngineProcess, reference: Reference, prompts: Prompts, answer: int, tolerance: float
 ) -> str:
     """Compare greedy answers of ``answer`` tokens to prompts past the window with what ``reference`` computes.
 
     Each token's logit may be ``tolerance`` less than the reference's best. Returns what was found. Raises `Mismatch` if
     one is further off, or if full attention gives all the same answers, which would show nothing.
     """
-    import torch
-
     answers = other.generate(prompts, answer).tokens
     short_of_best = 0.0
     for prompt, tokens in zip(prompts, answers, strict=True):
@@ -142,22 +129,13 @@ def check_past(
 
 
 def check_rows(
-    setting: Comparison,
-    engines: dict[str, EngineProcess],
-    folders: dict[str, Path],
-    inside: Sequence[Prompt],
-    past: Sequence[Prompt],
-    answer: int,
+    setting: Comparison, engines: Engines, folders: dict[str, Path], inside: Prompts, past: Prompts, answer: int
 ) -> dict[str, str]:
     """Check every row but full attention as `check_inside` and `check_past` do; return what was found."""
-    from vllm_ahn.reference import from_folders
-
     found = {}
-    for row in setting.rows[1:]:
-        text, memory = ROWS[row].text, str(ROWS[row].memory)
-        found[f"{text}, inside the window"] = check_inside(engines[FULL], engines[row], inside, answer)
-        ahn = NO_MEMORY if memory == NO_MEMORY else folders[memory]
+    for name, row in ((name, ROWS[name]) for name in setting.rows[1:]):
+        full, engine, ahn = engines[FULL], engines[name], folders.get(str(row.memory), NO_MEMORY)
         reference = from_folders(folders["base"], ahn, setting.window, setting.sinks)
-        checked = check_past(engines[FULL], engines[row], reference, past, answer, setting.tolerance)
-        found[f"{text}, past it"] = checked
+        found[f"{row.text}, inside the window"] = check_inside(full, engine, inside, answer)
+        found[f"{row.text}, past it"] = check_past(full, engine, reference, past, answer, setting.tolerance)
     return found

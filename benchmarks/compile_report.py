@@ -4,6 +4,8 @@
 
 Calls the kernels' own Python functions on tensors without data, under a driver that claims to be the GPU and stops
 before a launch: what is compiled is what a GPU would run, specialisations included. Needs torch and triton alone.
+
+Spills are bytes of local memory a thread (CUDA) or vector registers (AMD), ``shared`` is bytes a program.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,53 +30,17 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kernel_cases.layer import Layer, Step
+from kernel_cases.layer import Step
 from kernel_cases.own_attention import paged_attention
 from kernel_cases.setting import Model, Setting
 from report import parser, table
 from vllm_ahn.kernels.tables import compact_block_table, compact_width
 from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx90a": GPUTarget("hip", "gfx90a", 64),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
+    arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942", "gfx950")
 }
 HEAD_SIZES = (64, 80, 96, 128, 256)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What a kernel takes of a device."""
-
-    kernel: str
-    case: str
-    target: str
-    warps: int
-    registers: int
-    spills: int
-    """CUDA: bytes of local memory a thread; AMD: vector registers spilled."""
-    shared: int
-    """Bytes of shared memory a program."""
-
-
-class _Claim:
-    """A driver that says it is the target. Nothing can be launched with it."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend} {self.target.arch}"  # kernels are cached by device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
 
 
 @contextmanager
@@ -87,7 +53,12 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         return compiled[-1]
 
-    driver.set_active(_Claim(target))
+    claim = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: f"{target.backend} {target.arch}",  # kernels are cached by device
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(claim)
     JITFunction.run = compile_only
     try:
         yield compiled
@@ -95,34 +66,28 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
         JITFunction.run = run
 
 
-def resources(kernel: Any, case: str, target: str) -> Compiled:
-    """Read registers and spills from a compiled kernel."""
+def resources(kernel: Any) -> dict[str, Any]:
+    """Return a compiled kernel's name and what it takes of a device."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
             tool = triton.knobs.nvidia.cuobjdump.path
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         # Stack is where spilled registers go, and these kernels put nothing else there.
-        registers, spills = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+        patterns = (r"REG:(\d+)", r"STACK:(\d+)")
     else:
-        assembly = kernel.asm["amdgcn"]
-        registers, spills = (_number(rf"\.{name}:\s*(\d+)", assembly) for name in ("vgpr_count", "vgpr_spill_count"))
-    meta = kernel.metadata
-    return Compiled(kernel.name.strip("_"), case, target, meta.num_warps, registers, spills, meta.shared)
-
-
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"no {pattern} in what the compiler left")
-    return int(match[1])
+        text, patterns = kernel.asm["amdgcn"], (r"\.vgpr_count:\s*(\d+)", r"\.vgpr_spill_count:\s*(\d+)")
+    found = [re.search(pattern, text) for pattern in patterns]
+    if None in found:
+        raise ValueError(f"no {patterns[found.index(None)]} in what the compiler left")
+    meta, (registers, spills) = kernel.metadata, (int(match[1]) for match in found)
+    used = {"warps": meta.num_warps, "registers": registers, "spills": spills, "shared": meta.shared}
+    return {"kernel": kernel.name.strip("_"), **used}
 
 
 Case = tuple[str, Callable[[], Any]]
 TOKENS = 32
-META = torch.device("meta")
-"""Tensors without data."""
 GDN, DN, MAMBA2 = (MEMORIES[name] for name in ("GatedDeltaNet", "DeltaNet", "Mamba2"))
 
 
@@ -165,17 +130,17 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _indices(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=META)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _step(
     head_size: int, dtype: torch.dtype, memory: MemorySpec | None, state: torch.dtype = torch.float32, group: int = 8
 ) -> Step:
-    """Return a batch of decodes past ``W + S``, in groups of so many query heads."""
-    setting = Setting(META, None, dtype=dtype, state_dtype=state)
+    """Return a batch of decodes past ``W + S``, in groups of so many query heads, in tensors without data."""
+    setting = Setting(torch.device("meta"), None, dtype=dtype, state_dtype=state)
     kv_heads = 2 if group == 8 else 4
     model = Model("any", group * kv_heads, kv_heads, head_size)
-    return Layer(setting, model, memory, [setting.capacity + 1] * TOKENS, [1] * TOKENS, range(1)).step()
+    return Step(setting, model, memory, [setting.capacity + 1] * TOKENS, [1] * TOKENS, range(1))
 
 
 def _states(step: Step) -> None:
@@ -190,20 +155,9 @@ def _compact(block_size: int, requests: torch.Tensor | None, rearrange: bool) ->
 
 def _attention(group: int, segments: int, window: int | None) -> None:
     step = _step(128, torch.bfloat16, None, group=group)
-    queries = (step.output, step.starts, step.lens, step.window_table)
+    queries = (step.output, step.starts, step.lens, step.pool.window_table)
     sizes = {"max_query_len": 1024 if segments == 1 else 1, "segments": segments}
-    paged_attention(step.query, *step.layer.pool.planes[:2], *queries, **sizes, window=window, sinks=128, scale=0.1)
-
-
-def compile_all(targets: Sequence[str], todo: Sequence[Case]) -> list[Compiled]:
-    """Return what each case takes on each target, a line a kernel."""
-    results = []
-    for case, launch in todo:
-        for target in targets:
-            with compiling_for(TARGETS[target]) as compiled:
-                launch()
-            results += [resources(kernel, case, target) for kernel in compiled]
-    return results
+    paged_attention(step.query, *step.pool.planes[:2], *queries, **sizes, window=window, sinks=128, scale=0.1)
 
 
 def main() -> None:
@@ -213,13 +167,17 @@ def main() -> None:
     options.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16"])
     options.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = options.parse_args()
-    todo = list(cases(arguments.head_sizes, [getattr(torch, dtype) for dtype in arguments.dtypes]))
-    results = compile_all(arguments.targets, todo)
+    results = []
+    for case, launch in cases(arguments.head_sizes, [getattr(torch, dtype) for dtype in arguments.dtypes]):
+        for target in arguments.targets:
+            with compiling_for(TARGETS[target]) as compiled:
+                launch()
+            for used in map(resources, compiled):
+                results.append({"kernel": used.pop("kernel"), "case": case, "target": target, **used})
     print(f"torch {torch.__version__}, triton {triton.__version__}")
-    headers = [field.name for field in fields(Compiled)]
-    print(table(headers, [list(map(str, astuple(result))) for result in results], left=3))
+    print(table(list(results[0]), [list(map(str, result.values())) for result in results], left=3))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

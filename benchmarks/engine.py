@@ -31,24 +31,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import models
 import report
 from agreement import compare, largest_difference
 from engine_report import judge, paragraphs
 from engines import Choice, EngineError, EngineProcess, started
 from inputs import prompt
-from ladder import Ladder, Rungs, Setting
-from models import AHN, FULL, ROWS, SHAPES, WINDOW, arguments, write_models
+from ladder import Ladder
+from models import AHN, FULL, ROWS, SHAPES, WINDOW, Comparison, arguments, write_models
 from report import Mismatch
 from vllm_ahn.config import NO_MEMORY
 
@@ -60,27 +61,12 @@ REAL: dict[str, Any] = {
     "dtype": "bfloat16",
     "rows": (FULL, "full-fp8", WINDOW, AHN),
     "contexts": (131072, 32768),
-    "window": 32640,
-    "sinks": 128,
-    "max_batch": 64,
-    "sequences": 4,
-    "budget": 8192,
-    "steps": 16,
-    "repetitions": 3,
-}
-TINY: dict[str, Any] = REAL | {
-    "model": "tiny",
-    "dtype": "float32",
-    "contexts": (384, 128),
-    "window": 96,
-    "sinks": 32,
-    "max_batch": 12,
-    "sequences": 2,
-    "budget": 64,
-    "steps": 2,
-    "repetitions": 2,
-    "engine": {"block_size": 32},
-}
+} | {"window": 32640, "sinks": 128, "max_batch": 64, "sequences": 4, "budget": 8192, "steps": 16, "repetitions": 3}
+TINY: dict[str, Any] = (
+    REAL
+    | {"model": "tiny", "dtype": "float32", "contexts": (384, 128), "window": 96, "sinks": 32, "max_batch": 12}
+    | {"sequences": 2, "budget": 64, "steps": 2, "repetitions": 2, "engine": {"block_size": 32}}
+)
 TOLERANCE = {"bfloat16": 0.5, "float32": 1e-3}
 """Nats. In such models of 36 layers, rounding to bfloat16 moves the log-probabilities of the 20 best tokens by 0.04 in
 the mean and by up to 0.2; those of other tokens than the right ones are several off."""
@@ -92,80 +78,66 @@ def main() -> None:
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
-            run = Run(setting, write_models(setting, Path(folder)), args.threads)
+            run = Run(setting, write_models(setting, Path(folder)), getattr(args, "threads", None))
             run.answer_eagerly(args.break_verification)
             contexts = run.measure(began + (args.time_budget or math.inf))
     except Mismatch as error:
         sys.exit(f"not verified: {error}")
     result: dict[str, Any] = {
-        **report.head(setting, began),
+        **report.head(began),
+        "setting": dataclasses.asdict(setting),
         "engines": run.info,
         "verified": run.verified,
         "missing": run.missing,
         "contexts": contexts,
         "aims": judge(setting, contexts),
     }
-    turns = "one engine after the other" if setting.alone else "the engines lived side by side and took turns"
     title = f"vLLM at long contexts, {setting.model} shape"
-    report.write(args.output, result, title, paragraphs(setting, turns, result))
+    report.write(args.output, result, title, paragraphs(setting, result))
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the options; those without a default take it from `REAL` or `TINY`."""
-    result = report.parser(__doc__, "engine")
+    result = models.parser(__doc__, "engine", *(name for name in models.OPTIONS if name != "rounds"))
     result.add_argument("--tiny", action="store_true", help="a tiny model, window and contexts, for a CPU")
-    report.add_options(result, Setting)
     result.add_argument("--alone", action="store_true", help="one engine at a time, for models too large side by side")
     result.add_argument("--time-budget", type=float, metavar="S", help="seconds, the engines' start included")
-    result.add_argument("--seed", type=int, default=0, help="of the weights")
-    result.add_argument("--threads", type=int, help="of OpenMP, for each engine")
-    result.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="vllm.LLM's, for all")
-    result.add_argument(
-        "--break-verification", action="store_true", help="give the eager engines other weights: must fail"
-    )
+    result.add_argument("--break-verification", action="store_true", help="other weights for eager engines: must fail")
     return result
 
 
-def read_setting(args: argparse.Namespace) -> Setting:
+def read_setting(args: argparse.Namespace) -> Comparison:
     """Return what the options say; end the program with a sentence where they cannot be met."""
-    values = (TINY if args.tiny else REAL) | report.given(args, Setting)
+    values = (TINY if args.tiny else REAL) | vars(args)
     unknown = [row for row in values["rows"] if row not in ROWS]
     if unknown:
         sys.exit(f"--rows has {unknown[0]!r}, expected some of {', '.join(ROWS)}")
     if not values["sequences"] and not torch.cuda.is_available():
         sys.exit("--sequences is 0, which takes the whole memory of a GPU, and there is none: expected at least 1")
-    defaults = {
-        "layers": SHAPES[values["model"]]["layers"],
-        "batches": tuple(2**n for n in range(int(math.log2(values["max_batch"])) + 1)),
-        "tolerance": TOLERANCE[values["dtype"]],
-    }
-    return Setting(
-        **defaults
-        | values
-        | {
-            "contexts": tuple(sorted(values["contexts"], reverse=True)),
-            "alone": args.alone or not values["sequences"],
-            "seed": args.seed,
-            "engine": values.get("engine", {}) | args.engine_args,
-        }
+    powers = tuple(2**n for n in range(int(math.log2(values["max_batch"])) + 1))
+    defaults = {"layers": SHAPES[values["model"]]["layers"], "tolerance": TOLERANCE[values["dtype"]]}
+    return Comparison.read(
+        defaults | (TINY if args.tiny else REAL),
+        args,
+        batches=tuple(batch for batch in values.get("batches", powers) if batch <= values["max_batch"]),
+        alone=args.alone or not values["sequences"],
     )
 
 
 class Run:
-    """All rows of one run, each in engines of its own: an eager one to verify by, then the one that is measured."""
+    """All rows of one run, each in engines of its own: an eager one to verify by, then the one that is measured.
 
-    def __init__(self, setting: Setting, folders: dict[str, Path], threads: int | None) -> None:
-        self.setting = setting
-        self.folders = folders
-        self.threads = threads
+    ``missing`` are rows that vLLM does not have on this device, and what it says; ``answers`` are the eager engines'.
+    """
+
+    def __init__(self, setting: Comparison, folders: dict[str, Path], threads: int | None) -> None:
+        self.setting, self.folders, self.threads = setting, folders, threads
         self.info: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
-        """Rows that vLLM does not have on this device, and what it says."""
         self.verified: dict[str, str] = {}
         self.inside, self.across, self.past = prompts_to_verify(setting)
         self.prompts = self.inside + self.across + self.past
         self.answers: dict[str, list[list[Choice]]] = {}
-        """Of the eager engines, to `prompts`."""
 
     @property
     def groups(self) -> list[list[str]]:
@@ -194,93 +166,78 @@ class Run:
             with self.engines(rows, self.setting.seed + break_verification, eager=True) as engines:
                 for row, engine in engines.items():
                     self.answers[row] = engine.choices(self.prompts, ANSWER, LOGPROBS)
-        tolerance, inside, past = self.setting.tolerance, len(self.inside), len(self.inside + self.across)
+        inside, past = len(self.inside), len(self.inside + self.across)
         for row, answers in self.answers.items():
             memory = ROWS[row].memory
             if memory is not None and FULL in self.answers:
-                full = self.answers[FULL][:inside]
-                agreement = compare(full, answers[:inside], tolerance, names(FULL, row, self.inside))
-                self.verified[f"{row}, full inside the window"] = str(agreement)
+                agreement = self.compare(FULL, row, self.answers[FULL][:inside], answers[:inside])
+                self.verified[f"{row}, full inside the window"] = agreement
             if memory not in (None, NO_MEMORY) and WINDOW in self.answers and self.past:
                 apart = largest_difference(self.answers[WINDOW][past:], answers[past:])
-                if not apart > tolerance:
+                if not apart > self.setting.tolerance:
                     raise Mismatch(f"past the window {row} differs from window by {apart:.2g}: the memory does nothing")
                 self.verified[f"{row}, window past it"] = f"log-probabilities differ by {apart:.2g}"
 
+    def compare(self, one: str, other: str, expected: list[list[Choice]], got: list[list[Choice]]) -> str:
+        """Compare answers to the first prompts; return what was found."""
+        names = [f"{one} and {other} after {len(tokens)} tokens" for tokens in self.prompts[: len(got)]]
+        return str(compare(expected, got, self.setting.tolerance, names))
+
     def measure(self, deadline: float) -> dict[str, dict[str, Any]]:
         """Verify, then measure; return figures by context and row."""
-        results: dict[str, dict[str, Any]] = {str(context): {} for context in self.setting.contexts}
+        contexts = self.setting.contexts
+        results: dict[str, dict[str, Any]] = {str(context): {} for context in contexts}
         groups = self.groups
         for number, rows in enumerate(groups):
             until = part(deadline, 1 / (len(groups) - number))
             with self.engines(rows, self.setting.seed, eager=False) as engines:
                 for row, engine in engines.items():
                     self.info[row] = engine.info
-                    self.verify(row, engine)
-                for index, context in enumerate(self.setting.contexts):
-                    share = context / sum(self.setting.contexts[index:])
+                    answers = engine.choices(self.prompts, ANSWER, LOGPROBS)
+                    self.verified[f"{row}, eager"] = self.compare("eager", row, self.answers[row], answers)
+                    report.say(f"{row} and eager: {self.verified[f'{row}, eager']}")
+                for index, context in enumerate(contexts):
+                    share = context / sum(contexts[index:])
                     results[str(context)] |= self.climb(engines, context, part(until, share))
         return results
 
-    def verify(self, row: str, engine: EngineProcess) -> None:
-        """Compare the engine's answers with those of the eager one."""
-        answers = engine.choices(self.prompts, ANSWER, LOGPROBS)
-        agreement = compare(self.answers[row], answers, self.setting.tolerance, names("eager", row, self.prompts))
-        self.verified[f"{row}, eager"] = str(agreement)
-        report.say(f"{row} and eager: {agreement}")
-
     def climb(self, engines: dict[str, EngineProcess], context: int, deadline: float) -> dict[str, Any]:
-        """Measure one context: the rows take turns, the first one alternating."""
-        setting = self.setting
-        rungs = Rungs(setting, context, max(engine.info["block_size"] for engine in engines.values()))
-        if rungs.prompt_tokens < 1:
-            sys.exit(f"--contexts {context}: too short, answers alone take {rungs.answer_tokens} tokens")
-        rows = {
-            row: Ladder(engine, rungs, keeps_all=setting.keeps_all(row, context)) for row, engine in engines.items()
-        }
+        """Measure one context."""
+        block_size = max(engine.info["block_size"] for engine in engines.values())
+        rows = {row: Ladder(self.setting, context, block_size, row, engine) for row, engine in engines.items()}
         ladders = list(rows.values())
+        if ladders[0].prompt_tokens < 1:
+            sys.exit(f"--contexts {context}: too short, answers alone take {ladders[0].answer_tokens} tokens")
         for ladder in ladders:
             ladder.warm_up()
-        for turn in range(setting.repetitions):
-            for ladder in in_turn(ladders, turn):
-                ladder.prefill(turn)
-        for batch in rungs.batches:
+        self.by_turns(ladders, Ladder.prefill)
+        for batch in self.setting.batches:
             for ladder in ladders:
                 ladder.grow(batch, deadline)
-            self.decode([ladder for ladder in ladders if ladder.batch == batch])
+            self.by_turns([ladder for ladder in ladders if ladder.batch == batch], Ladder.decode)
             report.say(f"{context} tokens: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in rows.items()))
         for number, ladder in enumerate(ladders):
             ladder.fill(part(deadline, 1 / (len(ladders) - number)))
-        self.decode(ladders)
+        self.by_turns(ladders, Ladder.decode)
         for ladder in ladders:
             ladder.engine.release()
         report.say(f"{context} tokens, full: " + ", ".join(f"{row} {ladder.batch}" for row, ladder in rows.items()))
         return {row: ladder.result() for row, ladder in rows.items()}
 
-    def decode(self, ladders: list[Ladder]) -> None:
-        """Measure decode steps, by turns."""
+    def by_turns(self, ladders: list[Ladder], measure: Callable[[Ladder, int], None]) -> None:
+        """Measure all, over and over, in every other turn backwards."""
         for turn in range(self.setting.repetitions):
-            for ladder in in_turn(ladders, turn):
-                ladder.decode()
+            for ladder in ladders[::-1] if turn % 2 else ladders:
+                measure(ladder, turn)
 
 
-def prompts_to_verify(setting: Setting) -> list[list[list[int]]]:
+def prompts_to_verify(setting: Comparison) -> list[list[list[int]]]:
     """Return prompts whose answers stay inside the window, cross its end, and lie past it, as contexts allow."""
     longest = min(500, setting.capacity, setting.contexts[0]) - ANSWER
     far = setting.capacity * 9 // 8
     lengths = [longest // part for part in (8, 5, 3, 2, 1)], [setting.capacity - ANSWER // 2], [far, far + 7]
     vocab, most = setting.shape["vocab"], setting.contexts[0] - ANSWER
     return [[prompt(length, vocab=vocab) for length in some if length <= most] for some in lengths]
-
-
-def names(one: str, other: str, prompts: list[list[int]]) -> list[str]:
-    """Return what answers to these prompts are called when ``one`` and ``other`` differ."""
-    return [f"{one} and {other} after {len(tokens)} tokens" for tokens in prompts]
-
-
-def in_turn(ladders: list[Ladder], turn: int) -> list[Ladder]:
-    """Return the ladders in order, in every other turn backwards."""
-    return ladders[::-1] if turn % 2 else ladders
 
 
 def part(deadline: float, share: float) -> float:

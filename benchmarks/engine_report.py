@@ -18,32 +18,37 @@ Rows = dict[str, Figures]
 GIB = 2**30
 
 
-def sequences_ratio(full: Figures, ahn: Figures) -> float | None:
-    """Return the sequences that fit, AHN over full attention."""
-    return ahn["sequences"] / full["sequences"] if full["full"] and ahn["full"] else None
-
-
-def throughput_ratio(full: Figures, ahn: Figures) -> float | None:
-    """Return tokens per second with as many sequences as fit, AHN over full attention."""
-    return at_most(ahn)["tokens_per_s"] / at_most(full)["tokens_per_s"] if full["full"] and ahn["full"] else None
-
-
-def prefill_share(window: Figures, ahn: Figures) -> float | None:
-    """Return what the memory adds to the time to the first token, over sinks and window alone."""
-    return float(ahn["first_token_s"] / window["first_token_s"] - 1)
+def _when_full(figure: Callable[[Figures], float]) -> Callable[[Figures, Figures], float | None]:
+    """Return the ratio of a figure, where both rows have as many sequences as fit."""
+    return lambda full, ahn: figure(ahn) / figure(full) if full["full"] and ahn["full"] else None
 
 
 def decode_share(window: Figures, ahn: Figures) -> float | None:
     """Return what the memory adds to the time per token, at the largest batch that both were measured at."""
-    both = {entry["batch"]: entry for entry in window["decode"]}
-    common = [entry for entry in ahn["decode"] if entry["batch"] in both]
-    return common[-1]["token_s"] / both[common[-1]["batch"]]["token_s"] - 1 if common else None
+    both = {entry["batch"]: entry["token_s"] for entry in window["decode"]}
+    shares = [entry["token_s"] / both[entry["batch"]] - 1 for entry in ahn["decode"] if entry["batch"] in both]
+    return shares[-1] if shares else None
+
+
+def at_most(row: Figures) -> Figures:
+    """Return the decode figures at the most sequences that ran."""
+    return next(entry for entry in row["decode"] if entry["batch"] == row["sequences"])
 
 
 AIMS: list[tuple[str, str, Callable[[Figures, Figures], float | None], Aim]] = [
-    (FULL, "sequences that fit, over full attention", sequences_ratio, Aim(">=", 3.5)),
-    (FULL, "tokens per second when full, over full attention when full", throughput_ratio, Aim(">=", 3)),
-    (WINDOW, "memory's share of prefill, over sinks + window", prefill_share, Aim("<=", 0.05)),
+    (FULL, "sequences that fit, over full attention", _when_full(lambda row: row["sequences"]), Aim(">=", 3.5)),
+    (
+        FULL,
+        "tokens per second when full, over full attention when full",
+        _when_full(lambda row: at_most(row)["tokens_per_s"]),
+        Aim(">=", 3),
+    ),
+    (
+        WINDOW,
+        "memory's share of prefill, over sinks + window",
+        lambda window, ahn: ahn["first_token_s"] / window["first_token_s"] - 1,
+        Aim("<=", 0.05),
+    ),
     (WINDOW, "memory's share of decode, over sinks + window at the largest common batch", decode_share, Aim("<=", 0.1)),
 ]
 
@@ -63,37 +68,29 @@ def judge(setting: Comparison, contexts: dict[str, Rows]) -> list[dict[str, Any]
     return judged
 
 
-def at_most(row: Figures) -> Figures:
-    """Return the decode figures at the most sequences that ran."""
-    return next(entry for entry in row["decode"] if entry["batch"] == row["sequences"])
-
-
-def paragraphs(setting: Comparison, turns: str, result: dict[str, Any]) -> list[str]:
-    """Return the result for reading; ``turns`` is how the engines ran beside each other."""
-    aims = []
-    for entry in result["aims"]:
-        value = "not measured" if entry["value"] is None else f"{entry['value']:.3f}"
-        aims.append([f"{entry['context']:,}", entry["row"], entry["what"], value, report.verdict(entry)])
-    text = [head(setting, turns, result), report.table(["context", "row", "", "", "aim"], aims, left=3)]
-    for context, rows in result["contexts"].items():
-        text += [f"## Contexts of {int(context):,} tokens", fits(setting, result["missing"], int(context), rows)]
-        text.append(speed(rows))
-    return [*text, *report.checked(result["verified"])]
-
-
-def head(setting: Comparison, turns: str, result: dict[str, Any]) -> str:
-    """Return what ran, and on what."""
+def paragraphs(setting: Comparison, result: dict[str, Any]) -> list[str]:
+    """Return the result for reading."""
     machine, engines = result["machine"], list(result["engines"].values())
     devices = ", ".join(sorted({info["device"] for info in engines}))
     runners = ", ".join(sorted({info["runner"].rpartition(".")[0] for info in engines}))
     cache = f"{engines[0]['num_blocks'] * engines[0]['block_bytes'] / GIB:,.2f} GiB"
-    extra = f" Engine arguments: {setting.engine}." if setting.engine else ""
-    return (
+    turns = "one engine after the other" if setting.alone else "the engines lived side by side and took turns"
+    text = (
         f"{devices}; {machine['cpu']}, {machine['cores']} cores; {machine['versions']}; {runners}. "
         f"{setting.describe()} (of {SHAPES[setting.model]['layers']}), random weights; W = {setting.window:,}, "
         f"S = {setting.sinks}; {setting.budget:,} tokens a step; {cache} of cache an engine; {turns}; medians of "
-        f"{setting.repetitions} repetitions; {result['seconds']:.0f} s in all.{extra}"
+        f"{setting.repetitions} repetitions; {result['seconds']:.0f} s in all."
+        + (f" Engine arguments: {setting.engine}." if setting.engine else "")
     )
+    aims = []
+    for entry in result["aims"]:
+        value = "not measured" if entry["value"] is None else f"{entry['value']:.3f}"
+        aims.append([f"{entry['context']:,}", entry["row"], entry["what"], value, report.verdict(entry)])
+    parts = [text, report.table(["context", "row", "", "", "aim"], aims, left=3)]
+    for context, rows in result["contexts"].items():
+        parts += [f"## Contexts of {int(context):,} tokens", fits(setting, result["missing"], int(context), rows)]
+        parts.append(speed(rows))
+    return parts + report.checked(result["verified"])
 
 
 def fits(setting: Comparison, missing: dict[str, str], context: int, rows: Rows) -> str:

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 Prompt = list[int]
 
@@ -35,58 +35,54 @@ class EngineError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Greedy answers to some prompts at once."""
+    """Greedy answers to some prompts at once.
+
+    Attributes:
+        seconds: from the arrival of the prompts to the last token.
+        cpu_s: seconds of processor time, all threads: what other programs take is not in it.
+        first_token_s: seconds until every request had its first token.
+        steps_s: seconds of each step after that.
+        blocks: most cache blocks held between two decode steps.
+    """
 
     seconds: float
-    """From the arrival of the prompts to the last token."""
     cpu_s: float
-    """Seconds of processor time, all threads: what other programs take is not in it."""
     first_token_s: float
-    """Seconds until every request had its first token."""
     steps_s: list[float]
-    """Seconds of each step after that."""
     tokens: list[list[int]]
     blocks: int
-    """Most cache blocks held between two decode steps."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One greedy token, and what it was chosen from."""
+class Choice(NamedTuple):
+    """One greedy token, and the log-probabilities of the most likely tokens, itself among them."""
 
     token: int
     logprobs: dict[int, float]
-    """Of the most likely tokens, the chosen one among them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """What became of a sequence that was to stay."""
+class Held(NamedTuple):
+    """Seconds to the first token of a sequence that was to stay; or why there was no room for it, else empty."""
 
     first_token_s: float
-    """Seconds from its arrival to its first token."""
     refused: str
-    """Why there was no room for it; empty if it stays."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Decode steps of all the sequences that are held, a token each in every step."""
+class Decoding(NamedTuple):
+    """Decode steps of all the sequences that are held, a token each in every step.
+
+    ``preemptions`` counts sequences that had to give their blocks back, the first of which ends the steps; ``blocks``
+    are those that all the sequences hold after the last step.
+    """
 
     steps_s: list[float]
     preemptions: int
-    """Sequences that had to give their blocks back meanwhile; the steps end with the first."""
     blocks: int
-    """Cache blocks that all the sequences hold, after the last step."""
 
 
 class EngineProcess:
     """An engine in a process of its own. Its methods are those of `Engine`; they raise `EngineError`.
 
-    Args:
-        arguments: of `vllm.LLM`.
-        threads: OpenMP's, None for its own choice.
-        seed: of random weights for ``load_format="dummy"``, None for vLLM's own values.
+    ``arguments`` are those of `vllm.LLM`, ``threads`` OpenMP's; ``seed`` makes weights for ``load_format="dummy"``.
     """
 
     def __init__(self, arguments: dict[str, Any], threads: int | None = None, seed: int | None = None) -> None:
@@ -94,7 +90,7 @@ class EngineProcess:
         os.environ.update(ENVIRONMENT | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         self._process = ProcessPoolExecutor(1, mp_context=_context())
-        self._started = self._process.submit(_start, arguments, seed)
+        self._started = self._process.submit(_call, "start", arguments, seed)
         self.info: dict[str, Any] = {}
 
     def wait(self) -> None:
@@ -114,14 +110,11 @@ def started(
     arguments: dict[str, dict[str, Any]], threads: int | None, seed: int | None = None
 ) -> Iterator[dict[str, EngineProcess]]:
     """Yield engines by name, which have been told to start, and end them afterwards."""
-    engines: dict[str, EngineProcess] = {}
-    try:
-        for name, values in arguments.items():
-            engines[name] = EngineProcess(values, threads, seed)
-        yield engines
-    finally:
+    with contextlib.ExitStack() as stack:
+        engines = {name: EngineProcess(values, threads, seed) for name, values in arguments.items()}
         for engine in engines.values():
-            engine.close()
+            stack.callback(engine.close)
+        yield engines
 
 
 def _context() -> Any:
@@ -138,24 +131,15 @@ _engine: Engine | None = None
 """The one of this process."""
 
 
-def _start(arguments: dict[str, Any], seed: int | None) -> dict[str, Any]:
-    global _engine
-    begun = time.perf_counter()
-    with _in_words():
-        _engine = Engine(arguments, seed)
-        return {"start_s": time.perf_counter() - begun, **_engine.describe()}
-
-
 def _call(method: str, *values: Any) -> Any:
-    with _in_words():
-        return getattr(_engine, method)(*values)
-
-
-@contextlib.contextmanager
-def _in_words() -> Iterator[None]:
-    """Raise every error as an `EngineError`: not all of vLLM's can be sent to another process."""
+    """Start the engine or call it. All errors are raised as `EngineError`: not all of vLLM's can leave the process."""
+    global _engine
+    began = time.perf_counter()
     try:
-        yield
+        if method != "start":
+            return getattr(_engine, method)(*values)
+        _engine = Engine(*values)
+        return {"start_s": time.perf_counter() - began, **_engine.describe()}
     except Exception as error:
         traceback.print_exc()
         raise EngineError(f"{type(error).__name__}: {error}") from None
@@ -236,23 +220,17 @@ class Engine:
     def choices(self, prompts: list[Prompt], max_tokens: int, logprobs: int) -> list[list[Choice]]:
         """Answer as `generate` does; return every token, with the ``logprobs`` most likely ones in its place."""
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        answers = self.llm.generate(inputs, self._sampling(max_tokens, logprobs=logprobs), use_tqdm=False)
-        return [
-            [
-                Choice(token, {other: entry.logprob for other, entry in step.items()})
-                for token, step in zip(answer.outputs[0].token_ids, answer.outputs[0].logprobs, strict=True)
-            ]
-            for answer in answers
-        ]
+        sampling = self._sampling(max_tokens, logprobs=logprobs)
+        answers = []
+        for output in (answer.outputs[0] for answer in self.llm.generate(inputs, sampling, use_tqdm=False)):
+            best = [{token: entry.logprob for token, entry in step.items()} for step in output.logprobs]
+            answers.append([Choice(*step) for step in zip(output.token_ids, best, strict=True)])
+        return answers
 
     def hold(self, prompt: Prompt, max_tokens: int) -> Held:
-        """Take in one more sequence, to stay with those before it, if there is room.
+        """Take in one more sequence, to stay with those before it and generate up to ``max_tokens``, if there is room.
 
         Returns once it has its first token; the others get tokens of theirs meanwhile.
-
-        Args:
-            prompt: of the sequence.
-            max_tokens: what may be generated in all the time it stays.
         """
         known, preempted = set(self.scheduler.requests), self._preemptions()
         began = time.perf_counter()

@@ -7,7 +7,6 @@ batch n is one over n caches of full length. It decodes while the next one is pr
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import time
@@ -15,46 +14,10 @@ from typing import Any
 
 from engines import Decoding, EngineProcess
 from inputs import prompt
-from models import ROWS, Comparison
-from report import option
+from models import Comparison
 
 TIME_BUDGET, MAX_BATCH, VLLM_COUNT = "the time budget", "--max-batch", "vLLM's count"
 PREEMPTED = "with one more, one is preempted"
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting(Comparison):
-    """One comparison of long contexts."""
-
-    rows: tuple[str, ...] = option(f"of {', '.join(ROWS)}", type=lambda text: tuple(text.split(",")))
-    max_batch: int = option("sequences at a time, at most")
-    sequences: int = option("size of a cache; 0: all memory that vLLM takes")
-    tolerance: float = option("of log-probabilities against eager, nats")
-    batches: tuple[int, ...] = option("to measure at, besides the most that fits; default: 1,2,4,...")
-    seed: int
-    alone: bool
-    """One engine at a time, where otherwise all live side by side and take turns."""
-
-
-class Rungs:
-    """What all rows climb alike at one context; lengths are in tokens.
-
-    Attributes:
-        batches: batches to measure at, ascending, besides the most that fits.
-        settling_steps: after as many, every sequence has once taken a block and given one back: then all repeats.
-        answer_tokens: what the first sequence may have to generate until all have come and every batch is measured.
-        prompt_tokens: of every prompt, what the answer leaves of the context.
-    """
-
-    def __init__(self, setting: Setting, context: int, block_size: int) -> None:
-        self.setting, self.context = setting, context
-        self.batches = [batch for batch in setting.batches if batch <= setting.max_batch]
-        self.settling_steps = block_size + 2
-        steps_of_a_prefill = math.ceil(context / max(1, setting.budget - setting.max_batch)) + 1
-        measured = (len(self.batches) + 2) * setting.repetitions * (setting.steps + 2)
-        settling = 0 if context <= setting.capacity else 2 * self.settling_steps
-        self.answer_tokens = setting.max_batch * steps_of_a_prefill + measured + settling
-        self.prompt_tokens = context - self.answer_tokens
 
 
 class Ladder:
@@ -65,13 +28,20 @@ class Ladder:
     are found by trying.
     """
 
-    def __init__(self, engine: EngineProcess, rungs: Rungs, *, keeps_all: bool) -> None:
-        self.engine = engine
-        self.rungs, self.setting = rungs, rungs.setting
-        self.count: float = engine.count(rungs.context)
+    def __init__(self, setting: Comparison, context: int, block_size: int, row: str, engine: EngineProcess) -> None:
+        self.setting, self.engine = setting, engine
+        # After as many, every sequence has once taken a block and given one back: then all repeats.
+        self.settling_steps = block_size + 2
+        steps_of_a_prefill = math.ceil(context / max(1, setting.budget - setting.max_batch)) + 1
+        measured = (len(setting.batches) + 2) * setting.repetitions * (setting.steps + 2)
+        settling = 0 if context <= setting.capacity else 2 * self.settling_steps
+        # What the first sequence may have to generate until all have come and every batch is measured.
+        self.answer_tokens = setting.max_batch * steps_of_a_prefill + measured + settling
+        self.prompt_tokens = context - self.answer_tokens
+        self.count: float = engine.count(context)
         # vLLM's count takes in the one block that vLLM keeps for itself.
         num_blocks = engine.info["num_blocks"]
-        self.whole = (num_blocks - 1) // round(num_blocks / self.count) if keeps_all else None
+        self.whole = (num_blocks - 1) // round(num_blocks / self.count) if setting.keeps_all(row, context) else None
         self.batch = 0
         self.why_no_more = ""
         self.first_token_s: list[float] = []
@@ -80,7 +50,7 @@ class Ladder:
 
     def prompt(self, number: int) -> list[int]:
         """Return the prompt of one sequence; all engines get the same ones."""
-        return prompt(self.rungs.prompt_tokens, number, self.setting.shape["vocab"])
+        return prompt(self.prompt_tokens, number, self.setting.shape["vocab"])
 
     def warm_up(self) -> None:
         """Answer one prompt that is not measured: kernels are compiled and tuned for these shapes."""
@@ -90,19 +60,15 @@ class Ladder:
         """Measure the time to the first token of a sequence alone."""
         self.first_token_s.append(self.engine.generate([self.prompt(number)], 1).first_token_s)
 
-    @property
-    def prefill_s(self) -> float:
-        """Seconds to the first token, the median."""
-        return statistics.median(self.first_token_s)
-
     def grow(self, target: int, deadline: float) -> None:
         """Take in sequences until there are ``target``, or no more fit, or ``deadline`` (`time.monotonic`) is near."""
-        target = min(target, self.setting.max_batch, self.setting.max_batch if self.whole is None else self.whole)
+        limit = self.setting.max_batch if self.whole is None else self.whole
+        target = min(target, self.setting.max_batch, limit)
         while not self.why_no_more and self.batch < target:
-            if time.monotonic() + self.prefill_s > deadline:
+            if time.monotonic() + statistics.median(self.first_token_s) > deadline:
                 self.why_no_more = TIME_BUDGET
                 return
-            held = self.engine.hold(self.prompt(self.batch), self.rungs.answer_tokens)
+            held = self.engine.hold(self.prompt(self.batch), self.answer_tokens)
             self.batch += not held.refused
             self.why_no_more = held.refused
         if not self.why_no_more and self.batch == self.whole:
@@ -114,14 +80,9 @@ class Ladder:
         """Take in all that fit, and make sure that they go on without preemption."""
         self.grow(self.setting.max_batch, deadline)
         if self.whole is None:
-            self._decode(self.rungs.settling_steps)
+            self._decode(self.settling_steps)
 
-    @property
-    def full(self) -> bool:
-        """Whether there are as many as fit."""
-        return bool(self.why_no_more) and self.why_no_more not in (TIME_BUDGET, MAX_BATCH)
-
-    def decode(self) -> None:
+    def decode(self, number: int) -> None:
         """Measure decode steps at the present batch."""
         decoding = self._decode(self.setting.steps)
         if decoding is not None:
@@ -140,21 +101,21 @@ class Ladder:
         return None
 
     def result(self) -> dict[str, Any]:
-        """Return all figures; times are in seconds."""
-        info, last = self.engine.info, self.last
+        """Return all figures; times are in seconds. It is ``full`` if there were as many sequences as fit."""
+        block_bytes, num_blocks, last = self.engine.info["block_bytes"], self.engine.info["num_blocks"], self.last
         return {
-            "prompt_tokens": self.rungs.prompt_tokens,
-            "num_blocks": info["num_blocks"],
-            "block_bytes": info["block_bytes"],
-            "cache_bytes": info["num_blocks"] * info["block_bytes"],
+            "prompt_tokens": self.prompt_tokens,
+            "num_blocks": num_blocks,
+            "block_bytes": block_bytes,
+            "cache_bytes": num_blocks * block_bytes,
             "vllm_count": self.count,
             "sequences": self.batch,
-            "full": self.full,
+            "full": self.why_no_more not in ("", TIME_BUDGET, MAX_BATCH),
             "why_no_more": self.why_no_more,
             "preemptions": last.preemptions if last else None,
             "held_blocks": last.blocks if last else None,
-            "bytes_per_sequence": last.blocks * info["block_bytes"] / self.batch if last else None,
-            "first_token_s": self.prefill_s,
+            "bytes_per_sequence": last.blocks * block_bytes / self.batch if last else None,
+            "first_token_s": statistics.median(self.first_token_s),
             "first_token_all_s": self.first_token_s,
             "decode": [
                 {

@@ -1,10 +1,13 @@
-"""The models and engines that the benchmarks compare."""
+"""The models and engines that the benchmarks compare, and the options that say which."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import report
 from engines import EngineProcess, started
-from report import option
+from report import Mismatch
 from vllm_ahn.config import NO_MEMORY
 from vllm_ahn.memory.spec import MEMORIES
 from vllm_ahn.tools.tiny import make_tiny
@@ -52,27 +55,77 @@ ROWS = {
 }
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"help": "shape of the model", "choices": list(SHAPES)},
+    "layers": {"help": "of the model", "type": int},
+    "dtype": {"help": "of the model", "choices": list(DTYPE_BYTES)},
+    "rows": {"help": f"of {', '.join(ROWS)}", "type": lambda text: tuple(text.split(","))},
+    "contexts": {"help": "tokens, with commas", "type": _numbers},
+    "window": {"help": "W", "type": int},
+    "sinks": {"help": "S", "type": int},
+    "max_batch": {"help": "sequences at a time, at most", "type": int},
+    "sequences": {"help": "size of a cache; 0: all memory that vLLM takes", "type": int},
+    "budget": {"help": "tokens a step (max_num_batched_tokens)", "type": int},
+    "steps": {"help": "decode steps of a measurement", "type": int},
+    "rounds": {"help": "turns at one length", "type": int},
+    "repetitions": {"help": "of every measurement", "type": int},
+    "tolerance": {"help": "of log-probabilities against eager, nats", "type": float},
+    "batches": {"help": "to measure at, besides the most that fits; default: 1,2,4,...", "type": _numbers},
+    "seed": {"help": "of the weights", "type": int},
+    "threads": {"help": "of OpenMP, for each engine", "type": int},
+    "engine_args": {"help": "vllm.LLM's, for all", "type": json.loads, "metavar": "JSON"},
+}
+"""Options of the programs that compare engines; each takes some of them, and has its own defaults."""
+
+
+def parser(description: str | None, output: str, *names: str) -> argparse.ArgumentParser:
+    """Return a parser of ``--output`` and some of `OPTIONS`; what is not given is not among its values."""
+    result = report.parser(description)
+    result.add_argument("--output", type=Path, default=report.FOLDER / output, help="without .json and .md")
+    for name in names:
+        result.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **OPTIONS[name])
+    return result
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """What the models and engines of all rows have in common. Lengths are in tokens."""
 
-    model: str = option("shape of the model", choices=list(SHAPES))
-    layers: int = option("of the model")
-    dtype: str = option("of the model", choices=list(DTYPE_BYTES))
+    model: str
+    layers: int
+    dtype: str
     rows: tuple[str, ...]
-    contexts: tuple[int, ...] = option("tokens, with commas")
+    contexts: tuple[int, ...]
     """Longest first, so that what a time budget cuts off is the lesser part."""
-    window: int = option("W")
-    sinks: int = option("S")
+    window: int
+    sinks: int
     max_batch: int
     sequences: int
     """Cache of an engine: what so many sequences of the longest context take with full attention; 0: all vLLM takes."""
-    budget: int = option("tokens a step (max_num_batched_tokens)")
-    steps: int = option("decode steps of a measurement")
-    repetitions: int = option("of every measurement")
+    budget: int
+    steps: int
+    repetitions: int
     tolerance: float
     engine: dict[str, Any]
     """Arguments of every engine, over those of `arguments`."""
+    rounds: int = 1
+    batches: tuple[int, ...] = ()
+    seed: int = 0
+    alone: bool = False
+    """One engine at a time, where otherwise all live side by side and take turns."""
+
+    @classmethod
+    def read(cls, defaults: dict[str, Any], args: argparse.Namespace, **fixed: Any) -> Comparison:
+        """Return what options and defaults say, over which come ``fixed`` values."""
+        values = defaults | {name: value for name, value in vars(args).items() if name in OPTIONS} | fixed
+        values["contexts"] = tuple(sorted(values["contexts"], reverse=True))
+        values["engine"] = values.get("engine", {}) | values.pop("engine_args", {})
+        values.pop("threads", None)
+        return cls(**values)
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -92,8 +145,7 @@ class Comparison:
     def cache_bytes(self, sequences: float) -> int:
         """Return bytes of so many sequences of the longest context, full attention in the model's dtype."""
         shape = self.shape
-        head_size = shape["hidden"] // shape["heads"]
-        token = 2 * shape["kv_heads"] * head_size * DTYPE_BYTES[self.dtype] * self.layers
+        token = 2 * shape["kv_heads"] * (shape["hidden"] // shape["heads"]) * DTYPE_BYTES[self.dtype] * self.layers
         # One block more, since vLLM keeps one for itself: 128 tokens are enough for any size of blocks.
         return math.ceil((sequences * self.contexts[0] + 128) * token)
 
@@ -106,15 +158,9 @@ def write_models(setting: Comparison, folder: Path, *, weights: bool = False) ->
     """Write configurations, and ``weights`` if asked to; return the base's folder as "base", an AHN's by its memory."""
     folders: dict[str, Path] = {}
     wanted = [ROWS[row].memory for row in setting.rows]
+    longest = {"max_position_embeddings": setting.contexts[0], "weights": weights, "dtype": setting.dtype}
     for memory in [memory for memory in MEMORIES if memory in wanted] or list(MEMORIES)[:1]:  # the base comes with any
-        paths = make_tiny(
-            folder / memory,
-            memory=memory,
-            dtype=setting.dtype,
-            max_position_embeddings=max(setting.contexts),
-            weights=weights,
-            **setting.shape,
-        )
+        paths = make_tiny(folder / memory, memory=memory, **longest, **setting.shape)
         folders.setdefault("base", paths.base)
         assert paths.ahn is not None
         folders[memory] = paths.ahn
@@ -146,11 +192,17 @@ def arguments(setting: Comparison, row: str, folders: dict[str, Path], *, eager:
 
 @contextlib.contextmanager
 def running(setting: Comparison, threads: int) -> Iterator[tuple[dict[str, EngineProcess], dict[str, Path]]]:
-    """Yield an engine for each row, which has started with weights from disk, and the folders of the models."""
+    """Yield an engine for each row, which has started with weights from disk, and the folders of the models.
+
+    A `Mismatch` ends the program with a sentence.
+    """
     with tempfile.TemporaryDirectory(prefix="vllm-ahn-benchmark-") as folder:
         folders = write_models(setting, Path(folder), weights=True)
         with started({row: arguments(setting, row, folders) for row in setting.rows}, threads) as engines:
             for row, engine in engines.items():
                 engine.wait()
                 report.say(f"{row} has started in {engine.info['start_s']:.0f} s")
-            yield engines, folders
+            try:
+                yield engines, folders
+            except Mismatch as error:
+                sys.exit(f"not verified: {error}")

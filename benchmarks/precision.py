@@ -1,7 +1,16 @@
-"""What it costs to keep gates or the state in bfloat16: the run of ``gate_precision.py`` and ``state_precision.py``.
+"""What it costs to keep gates or the state in bfloat16, over 100,000 tokens.
+
+    python benchmarks/precision.py gates
+    python benchmarks/precision.py state
 
 The recurrence runs in float64 on the same random tokens, exactly and with something rounded, and states and read-outs
 are compared along the sequence.
+
+* **gates** are computed in float32 and stored beside K and V in the cache dtype until their token leaves the window:
+  the recurrence runs with them as read back from a bfloat16 page. As a yardstick it also runs with K and V in bfloat16
+  instead, which is what any bfloat16 cache does to them.
+* **state** (``--mamba-ssm-cache-dtype bfloat16``) is rounded whenever it is written. A decode writes it after each
+  token, a prefill once for all of its tokens in a step: it is rounded after each token, and after each 2,048.
 
 Each memory has eight heads: four time scales, from a half-life of 10 tokens to one of 100,000, each with gates that
 vary from token to token and with gates that hardly do. The latter are rounded the same way every time: their errors add
@@ -10,12 +19,12 @@ up instead of averaging out, which comes to a decay or a rate that is off by at 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +43,8 @@ PREFILL = 2048  # tokens that one step of a prefill absorbs
 READ = 64  # tokens whose read-outs are compared
 MARKS = (1000, 10_000, 100_000)
 
-Gates = tuple[torch.Tensor, ...]
+Tokens = tuple[torch.Tensor, ...]
+"""A stretch of a sequence, float32: ``q [T, H, D]``, ``k`` and ``v`` ``[T, Hkv, D]``, and the gates that are kept."""
 Result = tuple[torch.Tensor, torch.Tensor]
 """Read-outs ``[T, H, D]`` and the state ``[1, H, D, D]`` after them, float64."""
 
@@ -49,40 +59,18 @@ DECAY = math.log(2) / by_head(tuple(map(float, HALF_LIVES)))  # -g of an average
 DT = 0.05  # softplus(dt_bias) of GatedDeltaNet, an average one of its published initialisation
 
 
-def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
-    """Return what `F.softplus` makes ``x`` of."""
+def _inverse_softplus(x: torch.Tensor) -> torch.Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
-def random_gates(memory: MemorySpec, a: torch.Tensor, b: torch.Tensor) -> Gates:
+def random_gates(memory: MemorySpec, a: torch.Tensor, b: torch.Tensor) -> Tokens:
     """Return the gates that tokens keep, ``[T, H]`` float32 each, from two standard normal tensors ``[T, H]``."""
     if memory.keeps_decay:  # g = -exp(A_log) softplus(a + dt_bias), b a sigmoid
-        steps = F.softplus(a * SPREAD + inverse_softplus(torch.tensor(DT)))
+        steps = F.softplus(a * SPREAD + _inverse_softplus(torch.tensor(DT)))
         return -DECAY / DT * steps, torch.sigmoid(0.4 + b * SPREAD)
     if memory.decay_from_rate:  # d = softplus(dt + dt_bias), with A = 1
-        return (F.softplus(a * SPREAD + inverse_softplus(DECAY)),)
+        return (F.softplus(a * SPREAD + _inverse_softplus(DECAY)),)
     return (torch.sigmoid(by_head(RATE_LOGITS) + b * SPREAD),)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """A stretch of a sequence, float32: ``q [T, H, D]``, ``k`` and ``v`` ``[T, Hkv, D]``, and the kept gates."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    gates: Gates
-
-    def part(self, start: int, end: int) -> Tokens:
-        """Return tokens ``[start, end)``."""
-        q, k, v = (x[start:end] for x in (self.q, self.k, self.v))
-        return Tokens(q, k, v, tuple(x[start:end] for x in self.gates))
-
-    def inputs(self, memory: MemorySpec) -> tuple[torch.Tensor, ...]:
-        """Return what the recurrence takes, float64: ``q, k, v, g, b``."""
-        gates = [x.double() for x in self.gates]
-        g = gates[0] if memory.keeps_decay else -gates[0] if memory.decay_from_rate else torch.zeros_like(gates[0])
-        return l2_normalize(self.q.double()), l2_normalize(self.k.double()), self.v.double(), g, gates[-1]
 
 
 def stretches(memory: MemorySpec, tokens: int) -> Iterator[Tokens]:
@@ -97,7 +85,12 @@ def stretches(memory: MemorySpec, tokens: int) -> Iterator[Tokens]:
         length = min(SEGMENT, tokens - start)
         q = normal(length, HEADS, HEAD_SIZE) + common.repeat_interleave(HEADS // KV_HEADS, 0)
         k, v = normal(length, KV_HEADS, HEAD_SIZE) + common, normal(length, KV_HEADS, HEAD_SIZE)
-        yield Tokens(q, k, v, random_gates(memory, normal(length, HEADS), normal(length, HEADS)))
+        yield q, k, v, *random_gates(memory, normal(length, HEADS), normal(length, HEADS))
+
+
+def part(tokens: Tokens, start: int, end: int) -> Tokens:
+    """Return tokens ``[start, end)``."""
+    return tuple(x[start:end] for x in tokens)
 
 
 def in_bfloat16(x: torch.Tensor) -> torch.Tensor:
@@ -105,69 +98,68 @@ def in_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return x.bfloat16().to(x.dtype)
 
 
-def recur(
-    memory: MemorySpec,
-    tokens: Tokens,
-    state: torch.Tensor | None,
-    done: int = 0,
-    recurrence: Callable[..., Any] = chunk_recurrence,
-) -> Result:
+def inputs(memory: MemorySpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *gates: torch.Tensor) -> Tokens:
+    """Return what the recurrence takes, float64: ``q, k, v, g, b``."""
+    first, last = gates[0].double(), gates[-1].double()
+    g = first if memory.keeps_decay else -first if memory.decay_from_rate else torch.zeros_like(first)
+    return l2_normalize(q.double()), l2_normalize(k.double()), v.double(), g, last
+
+
+def recur(memory: MemorySpec, tokens: Tokens, state: Any, done: int = 0, recurrence: Any = chunk_recurrence) -> Result:
     """Return the read-outs and the state after a stretch, before which ``done`` tokens came."""
-    inputs = (x[None] for x in tokens.inputs(memory))
-    o, state = recurrence(*inputs, memory.scale(HEAD_SIZE), memory.delta, state)
+    values = (x[None] for x in inputs(memory, *tokens))
+    o, state = recurrence(*values, memory.scale(HEAD_SIZE), memory.delta, state)
     return o[0], state
 
 
-def rounded_gates(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+def rounded_gates(memory: MemorySpec, tokens: Tokens, *before: Any) -> Result:
     """`recur` with gates in bfloat16."""
-    return recur(memory, dataclasses.replace(tokens, gates=tuple(map(in_bfloat16, tokens.gates))), state)
+    return recur(memory, (*tokens[:3], *map(in_bfloat16, tokens[3:])), *before)
 
 
-def rounded_keys(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+def rounded_keys(memory: MemorySpec, tokens: Tokens, *before: Any) -> Result:
     """`recur` with K and V in bfloat16."""
-    return recur(memory, dataclasses.replace(tokens, k=in_bfloat16(tokens.k), v=in_bfloat16(tokens.v)), state)
+    return recur(memory, (tokens[0], *map(in_bfloat16, tokens[1:3]), *tokens[3:]), *before)
 
 
-def decoded(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+def decoded(memory: MemorySpec, tokens: Tokens, state: Any, done: int) -> Result:
     """`recur` with the state rounded after each token. What is read is the state before that."""
+    outputs = []
     if state is None:
         state = torch.zeros(1, HEADS, HEAD_SIZE, HEAD_SIZE, dtype=torch.float64)
-    inputs, outputs = tokens.inputs(memory), []
-    for t in range(len(tokens.q)):
-        token = (x[t : t + 1] for x in inputs)
+    for token in zip(*(x.split(1) for x in inputs(memory, *tokens)), strict=True):
         o, state = recurrent_step(*token, memory.scale(HEAD_SIZE), memory.delta, state)
         state = in_bfloat16(state)
         outputs.append(o)
     return torch.cat(outputs), state
 
 
-def prefilled(memory: MemorySpec, tokens: Tokens, state: torch.Tensor | None, done: int) -> Result:
+def prefilled(memory: MemorySpec, tokens: Tokens, state: Any, done: int) -> Result:
     """`recur` with the state rounded after each `PREFILL` tokens of the sequence."""
-    steps = range(PREFILL - done % PREFILL, len(tokens.q), PREFILL)
+    steps = range(PREFILL - done % PREFILL, len(tokens[0]), PREFILL)
     outputs = []
-    for start, end in itertools.pairwise((0, *steps, len(tokens.q))):
-        o, state = recur(memory, tokens.part(start, end), state)
+    for start, end in itertools.pairwise((0, *steps, len(tokens[0]))):
+        o, state = recur(memory, part(tokens, start, end), state)
         outputs.append(o)
         if (done + end) % PREFILL == 0:
             state = in_bfloat16(state)
-    assert state is not None
     return torch.cat(outputs), state
 
 
-Variant = Callable[[MemorySpec, Tokens, torch.Tensor | None, int], Result]
-VARIANTS: dict[str, dict[str, Variant]] = {
+VARIANTS: dict[str, dict[str, Callable[..., Result]]] = {
     "gates": {"gates in bfloat16": rounded_gates, "K and V in bfloat16": rounded_keys},
     "state": {"decoded": decoded, f"prefilled, {PREFILL:,} tokens a step": prefilled},
 }
 TEXTS = {
     "gates": (
+        "gate-precision",
         "What it costs that gates are kept in bfloat16",
         "float32 gates",
         " The last two columns are a yardstick: what keeping K and V in bfloat16 does, gates exact.",
     ),
-    "state": ("What it costs to keep the state in bfloat16", "a state that is never rounded", ""),
+    "state": ("state-precision", "What it costs to keep the state in bfloat16", "a state that is never rounded", ""),
 }
-"""Title, what the errors are against, and what else there is to say."""
+"""Name of the files, title, what the errors are against, and what else there is to say."""
 
 
 def verify(memory: MemorySpec) -> None:
@@ -186,32 +178,31 @@ def relative(x: torch.Tensor, exact: torch.Tensor, dims: tuple[int, ...]) -> lis
 def measure(memory: MemorySpec, what: str, tokens: int) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return, by variant and number of tokens, relative errors by head, of the state and of the last read-outs."""
     variants = VARIANTS[what]
-    states: dict[str, torch.Tensor | None] = dict.fromkeys(("exact", *variants))
+    states: dict[str, Any] = dict.fromkeys(("exact", *variants))
     errors: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in variants}
     done = 0
     for stretch in stretches(memory, tokens):
-        ends = [mark - done for mark in MARKS if done < mark <= done + len(stretch.q)]
-        for start, end in itertools.pairwise(sorted({0, len(stretch.q), *ends})):
-            piece = stretch.part(start, end)
+        length = len(stretch[0])
+        ends = [mark - done for mark in MARKS if done < mark <= done + length]
+        for start, end in itertools.pairwise(sorted({0, length, *ends})):
+            piece = part(stretch, start, end)
             outputs: dict[str, torch.Tensor] = {}
             for name, run in {"exact": recur, **variants}.items():
                 outputs[name], states[name] = run(memory, piece, states[name], done + start)
-            exact = states["exact"]
             for name in errors if end in ends else ():
-                state = states[name]
-                assert state is not None and exact is not None
+                state = in_bfloat16(states[name]) if what == "state" else states[name]
                 errors[name][str(done + end)] = {
-                    "state": relative((in_bfloat16(state) if what == "state" else state)[0], exact[0], (1, 2)),
+                    "state": relative(state[0], states["exact"][0], (1, 2)),
                     "read-outs": relative(outputs[name][-READ:], outputs["exact"][-READ:], (0, 2)),
                 }
-        done += len(stretch.q)
+        done += length
     return errors
 
 
 def paragraphs(result: dict[str, Any], what: str) -> list[str]:
     """Return the result for reading."""
     machine, first = result["machine"], next(iter(VARIANTS[what]))
-    _, against, more = TEXTS[what]
+    *_, against, more = TEXTS[what]
     rows, heads = [], []
     for memory, errors in result["errors"].items():
         for mark in errors[first]:
@@ -235,22 +226,22 @@ def paragraphs(result: dict[str, Any], what: str) -> list[str]:
 
 
 @torch.inference_mode()
-def main(what: str, description: str | None) -> None:
-    """Measure every memory, for ``what`` of `VARIANTS`, and write ``results/WHAT-precision.json`` and ``.md``."""
-    args = report.parser(description, {"gates": "gate-precision", "state": "state-precision"}[what]).parse_args()
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("what", choices=list(VARIANTS))
+    parser.add_argument("--output", type=Path, help="without .json and .md; default: results/gate-precision and so on")
+    args = parser.parse_args()
+    name, title, *_ = TEXTS[args.what]
     torch.set_num_threads(1)  # the products are small: threads would mostly wait for each other
-    began = time.monotonic()
-    errors = {}
-    for name, memory in MEMORIES.items():
+    began, errors = time.monotonic(), {}
+    for memory in MEMORIES.values():
         verify(memory)
-        errors[name] = measure(memory, what, MARKS[-1])
-        report.say(f"{name}: {time.monotonic() - began:.0f} s")
-    result = {
-        "command": report.command(),
-        "machine": report.machine(),
-        "seconds": time.monotonic() - began,
-        "half_lives": HALF_LIVES,
-        "rate_logits": RATE_LOGITS,
-        "errors": errors,
-    }
-    report.write(args.output, result, TEXTS[what][0], paragraphs(result, what))
+        errors[memory.name] = measure(memory, args.what, MARKS[-1])
+        report.say(f"{memory.name}: {time.monotonic() - began:.0f} s")
+    more = {"half_lives": HALF_LIVES, "rate_logits": RATE_LOGITS, "errors": errors}
+    result = report.head(began) | more
+    report.write(args.output or report.FOLDER / name, result, title, paragraphs(result, args.what))
+
+
+if __name__ == "__main__":
+    main()

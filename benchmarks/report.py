@@ -25,10 +25,9 @@ class Mismatch(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Aim:
-    """A bound on a figure."""
+    """A bound on a figure: ``sign`` is ``>=`` or ``<=``."""
 
     sign: str
-    """``>=`` or ``<=``."""
     bound: float
 
     def judge(self, value: float | None) -> dict[str, Any]:
@@ -48,19 +47,9 @@ def verdict(judged: dict[str, Any]) -> str:
     return judged["aim"] + {True: ", met", False: ", missed", None: ", not measured"}[judged["met"]]
 
 
-def head(setting: Any, started: float) -> dict[str, Any]:
-    """Return what every result begins with.
-
-    Args:
-        setting: a dataclass.
-        started: `time.monotonic` at the beginning of the run.
-    """
-    return {
-        "command": command(),
-        "machine": machine(),
-        "seconds": time.monotonic() - started,
-        "setting": dataclasses.asdict(setting),
-    }
+def head(started: float) -> dict[str, Any]:
+    """Return what every result begins with; ``started`` is `time.monotonic` at the beginning of the run."""
+    return {"command": command(), "machine": machine(), "seconds": time.monotonic() - started}
 
 
 def command() -> str:
@@ -94,8 +83,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     try:
         from tabulate import tabulate
     except ImportError:  # `kernels.py` runs where there are PyTorch and Triton alone
-        lines = [headers, ["---"] * len(headers), *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in [headers, ["---"] * len(headers), *rows])
     align = ["left" if column < left else "right" for column in range(len(headers))]
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align if rows else None)
 
@@ -119,34 +107,6 @@ def write(output: Path, result: dict[str, Any], title: str, paragraphs: Iterable
     print(text)
 
 
-def parser(description: str | None, output: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser that shows a module's docstring, with ``--output`` if there is a default for it."""
-    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if output:
-        result.add_argument("--output", type=Path, default=FOLDER / output, help="without .json and .md")
-    return result
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers of an option's value, which commas separate."""
-    return tuple(int(number) for number in text.split(","))
-
-
-def option(text: str, **keywords: Any) -> Any:
-    """Return a dataclass field that is an option of the command line as well."""
-    return dataclasses.field(metadata={"help": text} | keywords)
-
-
-def add_options(to: argparse.ArgumentParser, setting: type[Any]) -> None:
-    """Add the options among the fields of ``setting``; None stands for one that is not given."""
-    types = {"int": int, "float": float, "str": str, "tuple[int, ...]": numbers, "dict[str, Any]": json.loads}
-    for field in dataclasses.fields(setting):
-        if field.metadata:
-            flag = "--" + field.name.replace("_", "-")
-            to.add_argument(flag, **{"type": types.get(str(field.type)), **field.metadata})
-
-
-def given(args: argparse.Namespace, setting: type[Any]) -> dict[str, Any]:
-    """Return the values of the options that are given."""
-    names = [field.name for field in dataclasses.fields(setting) if field.metadata]
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that shows a module's docstring."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

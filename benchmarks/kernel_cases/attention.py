@@ -10,7 +10,6 @@ import torch
 from kernel_cases.layer import Step
 from kernel_cases.own_attention import paged_attention, segments_of
 from kernel_cases.setting import Setting
-from kernel_cases.timing import Call
 from vllm_ahn.attention.plan import AttentionSpans
 from vllm_ahn.kernels.tables import TILE_BLOCKS, compact_block_table, compact_width
 
@@ -32,60 +31,38 @@ def described(setting: Setting) -> str:
     return "the benchmark's own Triton kernel, not vLLM's, for full attention and window alike"
 
 
-def attend(step: Step, spans: AttentionSpans) -> Call:
-    """Return the call for a step's queries; what it needs besides is allocated here."""
-    return (_vllm if chosen(step.layer.setting) == "vllm" else _own)(step, spans)
+def kernel(step: Step, spans: AttentionSpans) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Return the call for queries and output of a step; what it needs besides is allocated here."""
+    setting, model, pages, scale = step.setting, step.model, step.pool.window, step.model.head_size**-0.5
+    if chosen(setting) == "vllm":
+        from vllm_ahn.attention.paged.triton import TritonAttention
+        from vllm_ahn.cache.specs import window_spec
 
-
-def _own(step: Step, spans: AttentionSpans) -> Call:
-    model, setting, pages = step.layer.model, step.layer.setting, step.layer.pool.window
+        spec = window_spec(pages.layout, window=setting.window, sinks=setting.sinks)
+        attention = TritonAttention(spec, num_heads=model.heads, device=setting.device)
+        return lambda query, output: attention.attend(pages, query, output, spans, scale)
     multiprocessors = setting.timer.multiprocessors if setting.timer else 1
     segments = segments_of(len(spans.lens), model.kv_heads, spans.max_query_len, multiprocessors)
-    return lambda: paged_attention(
-        step.query,
-        pages.keys,
-        pages.values,
-        step.output,
-        spans.query_start_loc,
-        spans.lens,
-        spans.block_table,
-        max_query_len=spans.max_query_len,
-        window=spans.sliding_window,
-        sinks=0 if spans.sinks is None else setting.sinks,
-        scale=model.head_size**-0.5,
-        segments=segments,
-    )
-
-
-def _vllm(step: Step, spans: AttentionSpans) -> Call:
-    from vllm_ahn.attention.paged.triton import TritonAttention
-    from vllm_ahn.cache.specs import window_spec
-
-    setting, model, pages = step.layer.setting, step.layer.model, step.layer.pool.window
-    spec = window_spec(pages.layout, window=setting.window, sinks=setting.sinks)
-    attention = TritonAttention(spec, num_heads=model.heads, device=setting.device)
-    return lambda: attention.attend(pages, step.query, step.output, spans, model.head_size**-0.5)
+    rows = (spans.query_start_loc, spans.lens, spans.block_table)
+    keywords = {"max_query_len": spans.max_query_len, "scale": scale, "segments": segments}
+    mask = {"window": spans.sliding_window, "sinks": 0 if spans.sinks is None else setting.sinks}
+    return lambda query, output: paged_attention(query, pages.keys, pages.values, output, *rows, **keywords, **mask)
 
 
 def full_spans(step: Step, new: int, longest: int) -> AttentionSpans:
     """Return spans that see all keys of their requests, each with ``new`` queries."""
-    return AttentionSpans(step.starts, step.lens, step.window_table, new, longest)
-
-
-def rearranges(setting: Setting) -> bool:
-    """Return whether sinks and window fill blocks, as ``AHNWindowSpec.rearrangeable`` says."""
-    return setting.sinks % setting.block_size == 0 and setting.window >= setting.block_size
+    return AttentionSpans(step.starts, step.lens, step.pool.window_table, new, longest)
 
 
 def windowed_spans(step: Step, new: int) -> tuple[AttentionSpans, Callable[[], None]]:
     """Return spans that see sinks and window, and the launch that makes their tables, which a model does once a step.
 
-    Args:
-        step: the batch.
-        new: queries of each request; with more than one there is one request.
+    Each request has ``new`` queries; with more than one there is one request.
     """
-    setting, starts, lens = step.layer.setting, step.starts, step.lens
-    device, size, rearrange = lens.device, setting.block_size, rearranges(setting)
+    setting, starts, lens, table = step.setting, step.starts, step.lens, step.pool.window_table
+    device, size = lens.device, setting.block_size
+    # Whether sinks and window fill blocks, as `AHNWindowSpec.rearrangeable` says.
+    rearrange = setting.sinks % size == 0 and setting.window >= size
     requests = None
     # As the planner of vllm_ahn cuts a chunk: so that the window reaches over a span's queries, or for a mask, of which
     # vLLM's kernel visits every key.
@@ -102,9 +79,8 @@ def windowed_spans(step: Step, new: int) -> tuple[AttentionSpans, Callable[[], N
 
     def compaction() -> None:
         sizes = (setting.window, setting.sinks, size, rearrange)
-        compact_block_table(step.window_table, requests, starts, lens, *sizes, compact, compact_lens)
+        compact_block_table(table, requests, starts, lens, *sizes, compact, compact_lens)
 
-    compaction()
     window, sinks = setting.capacity, None
     if not rearrange:
         window, sinks = setting.window, torch.full_like(compact_lens, setting.sinks)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
 from kernel_cases import oracles
-from kernel_cases.layer import Layer, Step
-from kernel_cases.oracles import compare, untouched
+from kernel_cases.layer import Step
+from kernel_cases.oracles import compare, untouched, verify_memory
 from kernel_cases.setting import Model, Row, Setting
-from kernel_cases.timing import Call
 from report import Aim, Mismatch
 from vllm_ahn.memory.spec import MemorySpec
 
@@ -29,8 +29,11 @@ AIMS = [
 ]
 
 
-def _blocks(setting: Setting) -> range:
-    return range(setting.sinks // setting.block_size, (setting.sinks + SPREAD) // setting.block_size + 1)
+def _step(
+    setting: Setting, model: Model, memory: MemorySpec, lengths: list[int], new: list[int] | None = None, **pages: Any
+) -> Step:
+    blocks = range(setting.sinks // setting.block_size, (setting.sinks + SPREAD) // setting.block_size + 1)
+    return Step(setting, model, memory, lengths, new or [1] * len(lengths), blocks, **pages)
 
 
 def _past(setting: Setting, requests: int) -> list[int]:
@@ -44,84 +47,37 @@ def verify(setting: Setting, model: Model, memory: MemorySpec) -> None:
     In a batch requests decode past ``W + S``, enter the memory, are inside the window, bring two tokens, and pad the
     batch; what none of them is to read is NaN.
     """
-    for requests in setting.verified_batches:
-        _verify(setting, model, memory, requests)
-    if setting.on_gpu:
-        _verify(setting, model, memory, 3, vast=True)
-    _verify_recurrent(setting, model, memory)
+    batches = [(requests, False) for requests in setting.verified_batches]
+    for requests, vast in [*batches, (3, True)] if setting.on_gpu else batches:
+        kinds = sorted((i % 5 if requests > 1 else 0 for i in range(requests)), key=lambda kind: kind == 4)
+        inside = torch.randint(2, setting.capacity + 1, (requests,)).tolist()
+        past = _past(setting, requests)
+        lengths = [(past[i], setting.capacity + 1, inside[i], past[i], 0)[kind] for i, kind in enumerate(kinds)]
+        new = [(1, 1, 1, 2, 0)[kind] for kind in kinds]
+        step = _step(setting, model, memory, lengths, new, random=False, vast=vast)
+        _verify(step, [i for i, kind in enumerate(kinds) if kind < 2])
+    step = _step(setting, model, memory, _past(setting, max(setting.verified_batches)))
+    fla = step.recurrent(on_pages=True)
+    verify_memory("flash-linear-attention", step, list(step.reading), fla, mean=1e-2, most=3e-2)
 
 
-def _verify(setting: Setting, model: Model, memory: MemorySpec, requests: int, vast: bool = False) -> None:
-    kinds = sorted((i % 5 if requests > 1 else 0 for i in range(requests)), key=lambda kind: kind == 4)
-    inside = torch.randint(2, setting.capacity + 1, (requests,)).tolist()
-    entering = [setting.capacity + 1] * requests
-    past = _past(setting, requests)
-    lens = [(past, entering, inside, past, [0] * requests)[kind][i] for i, kind in enumerate(kinds)]
-    new = [(1, 1, 1, 2, 0)[kind] for kind in kinds]
-    layer = Layer(setting, model, memory, lens, new, _blocks(setting), random=False, vast=vast)
-    step, pool = layer.step(), layer.pool
-    decodes = [i for i, kind in enumerate(kinds) if kind < 2]
-    where = f"{model.name} {memory.name}, {requests} requests"
-
+def _verify(step: Step, decodes: list[int]) -> None:
     step.plan_decode()
     expected = torch.full_like(step.rows, -1)
     expected[decodes] = step.starts[decodes]
     if not torch.equal(step.rows, expected):
-        raise Mismatch(f"decode_reads of {requests} requests: {step.rows.tolist()}, expected {expected.tolist()}")
-    wanted, states = oracles.memory_reads(step, decodes)
-    reads = step.requests[decodes]
-    before = pool.other_pages(reads).clone()
-    o = step.decode()
-    compare(f"decode_memory's reads, {where}", o[decodes], wanted, mean=1e-5, most=1e-4)
-    compare(f"decode_memory's states, {where}", pool.states(reads), states, mean=1e-5, most=1e-4)
-    untouched(f"pages beside states, {where}", pool.other_pages(reads), before)
-    others = [i for i in range(requests) if i not in decodes]
-    if not bool(o[others].isnan().all()):
-        raise Mismatch(f"decode_memory, {where}: wrote reads of requests that have nothing to read")
+        raise Mismatch(f"decode_reads, {step}: {step.rows.tolist()}, expected {expected.tolist()}")
+    o = verify_memory("decode_memory", step, decodes, step.decode, mean=1e-5, most=1e-4)
+    if not bool(o[expected < 0].isnan().all()):
+        raise Mismatch(f"decode_memory, {step}: wrote reads of requests that have nothing to read")
 
     rows = step.rows[decodes].long()
-    output = step.output.double()
-    output[rows] += oracles.read_out(step, rows, o[decodes])
-    beside = torch.ones(len(output), dtype=torch.bool, device=setting.device)
-    beside[rows] = False
+    wanted = step.output[rows].double() + oracles.read_out(step, rows, o[decodes])
+    beside = torch.ones(len(step.output), dtype=torch.bool, device=rows.device).index_fill(0, rows, False)
     before = step.output[beside].clone()
     step.read_out(o, step.rows)
-    compare(f"read_out, {where}", step.output[rows], output[rows], mean=1e-2, most=3e-2)
-    untouched(f"attention of tokens that read nothing, {where}", step.output[beside], before)
-
-
-def _batches(setting: Setting, model: Model, memory: MemorySpec, requests: int, sets: int) -> list[Step]:
-    """Return sets of decodes past ``W + S``, with data of their own."""
-    copies = max(1, min(sets, 1 + (128 << 20) // (2 * model.heads * model.head_size**2)))
-    lens, new = _past(setting, requests * sets), [1] * requests * sets
-    steps = Layer(setting, model, memory, lens, new, _blocks(setting), copies=copies).steps(requests)
-    for step in steps:
-        step.plan_decode()
-    return steps
-
-
-def _verify_recurrent(setting: Setting, model: Model, memory: MemorySpec) -> None:
-    """Verify that the yardstick computes the same thing."""
-    requests = max(setting.verified_batches)
-    (step,) = _batches(setting, model, memory, requests, 1)
-    wanted, states = oracles.memory_reads(step, list(range(requests)))
-    where = f"{model.name} {memory.name}, {requests} requests"
-    o = step.recurrent(on_pages=True)()
-    compare(f"flash-linear-attention's read, {where}", o, wanted, mean=1e-2, most=3e-2)
-    compare(f"its state, {where}", step.layer.pool.states(step.requests), states, mean=1e-2, most=3e-2)
-
-
-def num_bytes(model: Model, memory: MemorySpec) -> int:
-    """Return what a request's decode has to move: state in and out, key, value, gates, query, read."""
-    heads, size = model.heads, model.head_size
-    state = 2 * heads * size**2 * 4
-    return state + 2 * (2 * model.kv_heads * size + heads * memory.num_gates + heads * size) + 4 * heads * size
-
-
-def read_out_bytes(model: Model, requests: int) -> int:
-    """Return what the read-out of a batch has to move: weights, reads, gates, attention in and out."""
-    heads, size = model.heads, model.head_size
-    return 2 * heads * size**2 + requests * heads * (4 * size + 4 + 4 * size)
+    compare(f"read_out, {step}", step.output[rows], wanted, mean=1e-2, most=3e-2)
+    untouched(f"attention of tokens that read nothing, {step}", step.output[beside], before)
 
 
 def _both(step: Step) -> None:
@@ -129,27 +85,33 @@ def _both(step: Step) -> None:
     step.read_out(step.o, step.rows)
 
 
-def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
+def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]:
     """Time batches of decodes."""
-    timer, rows = setting.measures, []
-    calls: dict[str, Callable[[Step], Call]] = {
+    timer = setting.timer
+    calls = {
         "memory": lambda step: step.decode,
         "read out": lambda step: partial(step.read_out, torch.randn_like(step.o), step.rows),
         "both": lambda step: partial(_both, step),
         "fla alone": lambda step: step.recurrent(on_pages=False),
         "fla on pages": lambda step: step.recurrent(on_pages=True),
     }
+    heads, size = model.heads, model.head_size
+    # State in and out, key, value, gates, query, read.
+    request_bytes = 8 * heads * size**2 + 2 * (2 * model.kv_heads * size + heads * (memory.num_gates + 3 * size))
     for requests in setting.decode_batches:
-        moved = requests * num_bytes(model, memory)
-        steps = _batches(setting, model, memory, requests, timer.sets(moved))
+        moved = requests * request_bytes
+        # Weights, reads, gates, attention in and out.
+        read_out_bytes = 2 * heads * size**2 + requests * heads * (8 * size + 4)
+        steps = [_step(setting, model, memory, _past(setting, requests)) for _ in range(timer.sets(moved))]
+        for step in steps:
+            step.plan_decode()
         row = Row("decode", model.name, memory.name, {"batch": requests, "bytes": moved})
         row.times = {name: timer.graph([make(step) for step in steps]) for name, make in calls.items()}
         row.times["copy"] = timer.copy(moved)
         row.ratios = {
             "% of copy": timer.percent_of_copy(moved, row.microseconds("memory")),
-            "read out, % of copy": timer.percent_of_copy(read_out_bytes(model, requests), row.microseconds("read out")),
+            "read out, % of copy": timer.percent_of_copy(read_out_bytes, row.microseconds("read out")),
             **{f"{name}/memory": row.faster(name, "memory") for name in ("copy", "fla on pages", "fla alone")},
         }
-        rows.append(row)
-        del steps
-    return rows
+        del step, steps  # before the next ones, which may take half the device
+        yield row

@@ -36,39 +36,19 @@ def random_gates(memory: MemorySpec, *shape: int) -> torch.Tensor:
 
 
 class Pool:
-    """Pages of some requests, each of which holds the same blocks of its sequence and, with a memory, a state.
+    """Pages of some requests, each of which holds the same ``blocks`` of its sequence and, with a memory, a state.
 
     Both memories are views of the same bytes, and blocks lie anywhere. Table entries of blocks that a request does not
-    hold name block 0, which is full of NaN.
-
-    Args:
-        setting: sizes.
-        model: whose layer.
-        memory: its memory; None for a layer without, whose pages hold no gates.
-        requests: how many.
-        blocks: numbers of the blocks that each request holds.
-        random: fill all other pages with random keys, values, gates and states; else with NaN, for a caller that writes
-            what may be read.
-        vast: put pages so far apart that offsets of elements do not fit 32 bits.
+    hold name block 0, which is full of NaN. The other arguments are those of `Step`.
 
     Attributes:
         cache: ``[num_blocks, Hkv, block_size, content]``, all pages.
-        window: their keys, values and gates.
-        state: the same pages as states.
+        window, state: the same pages as keys, values and gates, and as states.
         window_table, state_table: ``[requests, width]`` int32, as wide as the longest sequence.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        model: Model,
-        memory: MemorySpec | None,
-        requests: int,
-        blocks: Sequence[int],
-        *,
-        random: bool = True,
-        vast: bool = False,
-    ) -> None:
+    def __init__(self, step: Step, requests: int, blocks: Sequence[int], random: bool, vast: bool) -> None:
+        setting, model, memory = step.setting, step.model, step.memory
         self.block_size, self.heads, device = setting.block_size, model.heads, setting.device
         gates = memory.num_gates * model.group if memory else 0
         layout = WindowPageLayout(model.kv_heads, model.head_size, gates, self.block_size, setting.dtype)
@@ -80,6 +60,7 @@ class Pool:
         apart = VAST // (total * math.prod(page)) + 1 if vast else 1
         self.cache = torch.empty((total, apart, *page), dtype=setting.dtype, device=device)[:, -1]
         self.window, self.state = WindowPages(self.cache, layout), StatePages(self.cache, states)
+        self.planes = (self.window.keys, self.window.values, self.window.gates)
         if random:
             self.cache.normal_()  # states too: two random halves make a random number in float32
             if memory:
@@ -95,11 +76,6 @@ class Pool:
         self.state_table = torch.zeros_like(self.window_table)
         self.window_table[:, torch.tensor(blocks, device=device)] = ids[:, : len(blocks)]
         self.state_table[:, : self.state_pages] = ids[:, len(blocks) :]
-
-    @property
-    def planes(self) -> tuple[torch.Tensor, ...]:
-        """Keys, values and gates, ``[num_blocks, Hkv, block_size, ...]``."""
-        return self.window.keys, self.window.values, self.window.gates
 
     def places(self, requests: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return blocks and offsets of tokens, int64, of requests and positions ``[n]`` int64."""
@@ -117,33 +93,42 @@ class Pool:
         for plane, x in zip(self.planes, tokens, strict=True):
             plane[blocks, :, offsets] = x.reshape(len(blocks), plane.shape[1], -1).to(plane.dtype)
 
+    def pages_of_states(self, requests: torch.Tensor) -> torch.Tensor:
+        """Return the blocks ``[n, state_pages]`` int64 that hold the states of requests."""
+        return self.state_table[requests, : self.state_pages].long()
+
     def states(self, requests: torch.Tensor) -> torch.Tensor:
         """Return states ``[n, H, D_k, D_v]``, float32."""
-        return self.state.gather(self.state_table[requests, : self.state_pages].long())
-
-    def put_states(self, requests: torch.Tensor, states: torch.Tensor) -> None:
-        """Write states ``[n, H, D_k, D_v]``."""
-        self.state.scatter(self.state_table[requests, : self.state_pages].long(), states)
+        return self.state.gather(self.pages_of_states(requests))
 
     def other_pages(self, requests: torch.Tensor) -> torch.Tensor:
         """Return the bytes of all pages but those of the states of some requests."""
         others = torch.ones(len(self.cache), dtype=torch.bool, device=self.cache.device)
-        others[self.state_table[requests, : self.state_pages].long().flatten()] = False
+        others[self.pages_of_states(requests).flatten()] = False
         return self.cache[others].view(torch.uint8)
 
 
-class Layer:
-    """A layer and requests with new tokens, one after another in a batch.
+class Step:
+    """What a layer does for a batch of requests with new tokens, one request after another.
 
     Args:
         setting: sizes.
         model: whose layer.
         memory: None: without.
-        lens: tokens of each request, with the new ones.
+        lengths: tokens of each request, with the new ones.
         new: new tokens of each request.
-        blocks: see `Pool`, as are ``random`` and ``vast``. Where pages are not random, the tokens that leave the
-            window now and the states that are to exist by then are.
-        copies: of the read-out's projection, as a model has one in every layer.
+        blocks: numbers of the blocks that each request holds.
+        random: fill pages with random keys, values, gates and states; else with NaN, but for the tokens that leave the
+            window now and the states that are to exist by then.
+        vast: put pages so far apart that offsets of elements do not fit 32 bits.
+
+    Attributes:
+        requests: ``[R]`` int64.
+        starts, lens: ``[R + 1]`` and ``[R]`` int32, where tokens of requests begin, and how many they have by the end.
+        owners, positions, slots: ``[T]`` int64, request, position and slot of the new tokens.
+        query, output, z: ``[T, H, ...]``, the layer's for these tokens.
+        reading: the tokens past ``W + S`` of each request that has any.
+        rows, o: what a decode reads: ``[R]`` int32 the batch's row or -1, and ``[R, H, D]`` float32.
     """
 
     def __init__(
@@ -151,18 +136,31 @@ class Layer:
         setting: Setting,
         model: Model,
         memory: MemorySpec | None,
-        lens: Sequence[int],
+        lengths: Sequence[int],
         new: Sequence[int],
         blocks: Sequence[int],
         *,
         random: bool = True,
         vast: bool = False,
-        copies: int = 1,
     ) -> None:
-        self.setting, self.model, self.memory, self.lens, self.new = setting, model, memory, lens, new
+        self.setting, self.model, self.memory, self.new = setting, model, memory, new
         heads, kv_heads, size, tokens = model.heads, model.kv_heads, model.head_size, sum(new)
-        self.pool = Pool(setting, model, memory, len(lens), blocks, random=random, vast=vast)
+        starts = [0, *itertools.accumulate(new)]
+        self.reading: dict[int, slice] = {}
+        self.stretches: list[Stretch] = []
+        for i, (length, count) in enumerate(zip(lengths, new, strict=True)):
+            position = max(length - count, setting.capacity)
+            if length > position:
+                row = starts[i] + position - (length - count)
+                self.reading[i] = slice(row, starts[i + 1])
+                self.stretches.append(Stretch(i, row, position, length - position))
+        self.pool = Pool(self, len(lengths), blocks, random, vast)
         with torch.device(setting.device):
+            self.requests = torch.arange(len(lengths))
+            self.starts, self.lens = (torch.tensor(x, dtype=torch.int32) for x in (starts, lengths))
+            self.owners = torch.tensor([i for i, count in enumerate(new) for _ in range(count)])
+            positions = [range(length - count, length) for length, count in zip(lengths, new, strict=True)]
+            self.positions = torch.tensor([*itertools.chain(*positions)])
             qkv = torch.randn(tokens, heads + 2 * kv_heads, size).to(setting.dtype)
             self.query, self.key, self.value = qkv.split((heads, kv_heads, kv_heads), dim=1)
             self.gates = random_gates(memory, tokens, heads) if memory else None
@@ -170,184 +168,103 @@ class Layer:
             self.output = torch.randn(tokens, heads, size).to(setting.dtype)
             self.norm = 1 + 0.1 * torch.randn(heads * size if memory and memory.norm_all_heads else size)
             self.norm = self.norm.to(setting.dtype)
-            self.o_proj = (torch.randn(copies, heads, size, size) * size**-0.5).to(setting.dtype)
-        if memory and not random:
-            self._fill()
+            self.o_proj = (torch.randn(heads, size, size) * size**-0.5).to(setting.dtype)
+            self.rows = torch.full((len(lengths),), -1, dtype=torch.int32)
+            self.o = torch.full((len(lengths), heads, size), math.nan)
+            if memory and not random:
+                self._fill(memory)
+        blocks_of, offsets = self.pool.places(self.owners, self.positions)
+        self.slots = blocks_of * setting.block_size + offsets
+        self.scale = memory.scale(size) if memory else 0.0
 
-    def _fill(self) -> None:
-        assert self.memory is not None
-        step, heads, kv_heads = self.step(), self.model.heads, self.model.kv_heads
-        with torch.device(self.setting.device):
-            for request, rows in step.reading.items():
-                evicted = step.positions[rows] - self.setting.window
-                requests = torch.full_like(evicted, request)
-                keys, values = torch.randn(2, len(evicted), kv_heads, self.model.head_size)
-                self.pool.put_tokens(requests, evicted, keys, values, random_gates(self.memory, len(evicted), heads))
-                if int(evicted[0]) > self.setting.sinks:
-                    self.pool.put_states(requests[:1], torch.randn(1, heads, *(2 * [self.model.head_size])))
+    def _fill(self, memory: MemorySpec) -> None:
+        heads, size = self.model.heads, self.model.head_size
+        for rows in self.reading.values():
+            owners, evicted = self.owners[rows], self.positions[rows] - self.setting.window
+            keys, values = torch.randn(2, len(evicted), self.model.kv_heads, size)
+            self.pool.put_tokens(owners, evicted, keys, values, random_gates(memory, len(evicted), heads))
+            if int(evicted[0]) > self.setting.sinks:
+                self.pool.state.scatter(self.pool.pages_of_states(owners[:1]), torch.randn(1, heads, size, size))
 
-    def step(self, first: int = 0, number: int | None = None) -> Step:
-        """Return a batch of ``number`` requests, all by default."""
-        return Step(self, first, len(self.lens) if number is None else number)
-
-    def steps(self, number: int) -> list[Step]:
-        """Return batches of ``number`` requests each."""
-        return [self.step(first, number) for first in range(0, len(self.lens), number)]
-
-
-class Step:
-    """What a layer does for a batch of its requests.
-
-    Attributes:
-        requests: ``[R]`` int64.
-        starts, lens: ``[R + 1]`` and ``[R]`` int32, where tokens of requests begin, and how many they have by the end.
-        owners, positions, slots: ``[T]`` int64, request, position and slot of the new tokens.
-        query, output, z: ``[T, H, ...]``, the layer's for these tokens.
-        reading: the tokens past ``W + S`` of each request that has any, by its number in the layer.
-        rows, o: what a decode reads: ``[R]`` int32 the batch's row or -1, and ``[R, H, D]`` float32.
-    """
-
-    def __init__(self, layer: Layer, first: int, number: int) -> None:
-        setting, device = layer.setting, layer.setting.device
-        self.layer, self.number = layer, first // max(number, 1)
-        part = slice(first, first + number)
-        lens, new = layer.lens[part], layer.new[part]
-        before = sum(layer.new[:first])
-        tokens = slice(before, before + sum(new))
-        self.query, self.key, self.value = layer.query[tokens], layer.key[tokens], layer.value[tokens]
-        self.gates = layer.gates[tokens] if layer.gates is not None else None
-        self.z, self.output = layer.z[tokens], layer.output[tokens]
-        self.window_table, self.state_table = layer.pool.window_table[part], layer.pool.state_table[part]
-        starts = [0, *itertools.accumulate(new)]
-        self.reading: dict[int, slice] = {}
-        self.stretches: list[Stretch] = []
-        for i, (length, count) in enumerate(zip(lens, new, strict=True)):
-            position = max(length - count, setting.capacity)
-            if length > position:
-                row = starts[i] + position - (length - count)
-                self.reading[first + i] = slice(row, starts[i + 1])
-                self.stretches.append(Stretch(i, row, position, length - position))
-        owners = [first + i for i, count in enumerate(new) for _ in range(count)]
-        positions = [p for length, count in zip(lens, new, strict=True) for p in range(length - count, length)]
-        with torch.device(device):
-            self.requests = torch.arange(first, first + number)
-            self.starts = torch.tensor(starts, dtype=torch.int32)
-            self.lens = torch.tensor(lens, dtype=torch.int32)
-            self.owners, self.positions = torch.tensor(owners), torch.tensor(positions)
-            self.rows = torch.full((number,), -1, dtype=torch.int32)
-            self.o = torch.full((number, layer.model.heads, layer.model.head_size), math.nan)
-        blocks, offsets = layer.pool.places(self.owners, self.positions)
-        self.slots = blocks * setting.block_size + offsets
-
-    @property
-    def memory(self) -> MemorySpec:
-        """The layer's, which has to be there."""
-        assert self.layer.memory is not None
-        return self.layer.memory
-
-    @property
-    def scale(self) -> float:
-        """The factor on what is read."""
-        return self.memory.scale(self.layer.model.head_size)
+    def __str__(self) -> str:
+        memory = self.memory.name if self.memory else "no memory"
+        return f"{self.model.name} {memory}, {len(self.new)} requests, {sum(self.new)} tokens"
 
     @cached_property
     def prefill_plan(self) -> PrefillPlan:
         """What the batch absorbs."""
-        setting = self.layer.setting
+        setting = self.setting
         sizes = {"window": setting.window, "sinks": setting.sinks, "block_size": setting.block_size}
-        return plan_prefill(self.stretches, self.window_table, **sizes)
+        return plan_prefill(self.stretches, self.pool.window_table, **sizes)
 
     def plan_decode(self) -> None:
         """Find what reads."""
-        decode_reads(self.starts, self.lens, self.layer.setting.capacity, self.rows)
+        decode_reads(self.starts, self.lens, self.setting.capacity, self.rows)
 
     def write(self) -> None:
         """Write the new tokens to their pages."""
-        write_window_pages(self.key, self.value, self.gates, self.slots, self.layer.pool.window)
+        write_window_pages(self.key, self.value, self.gates, self.slots, self.pool.window)
 
     def decode(self) -> torch.Tensor:
         """Absorb and read one token of each request; return `o`."""
-        layer, setting = self.layer, self.layer.setting
-        decode_memory(
-            self.query,
-            layer.pool.window,
-            self.window_table,
-            layer.pool.state,
-            self.state_table,
-            self.rows,
-            self.lens,
-            self.o,
-            memory=self.memory,
-            window=setting.window,
-            sinks=setting.sinks,
-            scale=self.scale,
-            A_log=layer.A_log,
-        )
+        pool, sizes = self.pool, {"window": self.setting.window, "sinks": self.setting.sinks}
+        pages = (pool.window, pool.window_table, pool.state, pool.state_table)
+        keywords = {"memory": self.memory, "scale": self.scale, "A_log": self.A_log}
+        decode_memory(self.query, *pages, self.rows, self.lens, self.o, **keywords, **sizes)
         return self.o
 
     def prefill(self) -> torch.Tensor:
         """Absorb and read all tokens past ``W + S``; return what is read, ``[N, H, D]``."""
-        layer, pool = self.layer, self.layer.pool
-        keywords = {"memory": self.memory, "scale": self.scale, "A_log": layer.A_log}
-        return prefill_memory(self.query, pool.window, pool.state, self.state_table, self.prefill_plan, **keywords)
+        pages = (self.pool.window, self.pool.state, self.pool.state_table)
+        keywords = {"memory": self.memory, "scale": self.scale, "A_log": self.A_log}
+        return prefill_memory(self.query, *pages, self.prefill_plan, **keywords)
 
     def read_out(self, o: torch.Tensor, rows: torch.Tensor, router: torch.Tensor | None = None) -> None:
-        """Add what was read to the output, by the weights of one of the layer's copies."""
-        layer = self.layer
-        weights = (layer.norm, layer.o_proj[self.number % len(layer.o_proj)])
-        if not self.memory.norm_all_heads:
-            read_out(o, self.z, rows, *weights, self.output, router=router)
-            return
-        squares = torch.empty(len(rows), device=o.device)
-        gated_squares(o, self.z, rows, squares)
-        sums = {"squares": squares, "norm_size": o[0].numel()}
-        read_out(o, self.z, rows, *weights, self.output, **sums, router=router)
+        """Add what was read to the output."""
+        sums = {}
+        if self.memory.norm_all_heads:
+            sums = {"squares": torch.empty(len(rows), device=o.device), "norm_size": o[0].numel()}
+            gated_squares(o, self.z, rows, sums["squares"])
+        read_out(o, self.z, rows, self.norm, self.o_proj, self.output, **sums, router=router)
 
     def gather(self) -> tuple[torch.Tensor, ...]:
         """Return what flash-linear-attention's kernels take, gathered from pages."""
-        keywords = {"memory": self.memory, "A_log": self.layer.A_log}
-        return gather_stretches(self.query, self.layer.pool.window, self.prefill_plan, **keywords)
+        return gather_stretches(self.query, self.pool.window, self.prefill_plan, memory=self.memory, A_log=self.A_log)
 
     def gather_states(self) -> torch.Tensor:
         """Return the states ``[R, H, D_v, D_k]``."""
-        return gather_states(self.layer.pool.state, self.state_table, self.prefill_plan)
+        return gather_states(self.pool.state, self.pool.state_table, self.prefill_plan)
 
     def scatter_states(self, states: torch.Tensor) -> None:
         """Write the states back."""
-        scatter_states(states, self.layer.pool.state, self.state_table, self.prefill_plan)
+        scatter_states(states, self.pool.state, self.pool.state_table, self.prefill_plan)
 
     def chunks(self) -> Call:
         """Return flash-linear-attention's chunk kernels, on tensors that lie ready."""
-        keywords = {"memory": self.memory, "scale": self.scale}
-        return partial(chunk_stretches, *self.gather(), self.gather_states(), self.prefill_plan, **keywords)
+        ready = (*self.gather(), self.gather_states(), self.prefill_plan)
+        return partial(chunk_stretches, *ready, memory=self.memory, scale=self.scale)
 
     def recurrent(self, *, on_pages: bool) -> Callable[[], torch.Tensor]:
         """Return flash-linear-attention's recurrent kernel for one token a request, which returns what is read.
 
         Its inputs lie ready. States are gathered ``on_pages`` before and scattered after, or lie ready as well.
         """
-        ready, states = self.gather(), None if on_pages else self.gather_states()
-
-        def call() -> torch.Tensor:
-            if states is not None:
-                return _recurrent(self.memory, self.scale, *ready, states)[0]
-            o, new_states = _recurrent(self.memory, self.scale, *ready, self.gather_states())
-            self.scatter_states(new_states)
-            return o
-
-        return call
-
-
-def _recurrent(memory: MemorySpec, scale: float, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return reads ``[n, H, D]`` and new states, from what `gather_stretches` returns and states."""
-    q, k, v, g, b = (x.unsqueeze(1) for x in inputs[:5])
-    settings = {"initial_state": inputs[5], "output_final_state": True, "state_v_first": True, "scale": scale}
-    if memory.delta:
         from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-
-        o, states = fused_recurrent_gated_delta_rule(q, k, v, g if memory.has_decay else None, beta=b, **settings)
-    else:
         from fla.ops.simple_gla import fused_recurrent_simple_gla
 
-        o, states = fused_recurrent_simple_gla(q, k, v, g, **settings)
-    return o.squeeze(1), states
+        q, k, v, g, b = (x.unsqueeze(1) for x in self.gather()[:5])
+        settings = {"output_final_state": True, "state_v_first": True, "scale": self.scale}
+        if self.memory.delta:
+            g = g if self.memory.has_decay else None
+            kernel = partial(fused_recurrent_gated_delta_rule, q, k, v, g, beta=b, **settings)
+        else:
+            kernel = partial(fused_recurrent_simple_gla, q, k, v, g, **settings)
+        ready = None if on_pages else self.gather_states()
+
+        def call() -> torch.Tensor:
+            o, states = kernel(initial_state=self.gather_states() if on_pages else ready)
+            if on_pages:
+                self.scatter_states(states)
+            return o.squeeze(1)
+
+        return call

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
-from kernel_cases.layer import Pool, Step
+from kernel_cases.layer import Step
 from report import Mismatch
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence
-from vllm_ahn.memory.spec import MemorySpec
 
 CHUNKED_FROM = 256
 """Tokens from which on the chunk-parallel recurrence is the oracle: token by token it would take minutes."""
 
 
 def compare(name: str, got: torch.Tensor, wanted: torch.Tensor, *, mean: float, most: float) -> float:
-    """Return the root mean square error of ``got``.
+    """Return the root mean square error of ``got``, relative to ``wanted``; both of any float dtype.
 
-    Args:
-        name: what it is, for the message.
-        got: any float dtype.
-        wanted: likewise, of the same shape.
-        mean: root mean square error allowed, relative to that of ``wanted``.
-        most: error of any element allowed, relative to the largest of ``wanted``.
-
-    Raises:
-        Mismatch: the two do not agree.
+    Raises `Mismatch` if it is more than ``mean``, or an element is off by more than ``most``, relative to the largest.
     """
     if got.shape != wanted.shape:
         raise Mismatch(f"{name}: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
@@ -51,62 +44,68 @@ def untouched(name: str, got: torch.Tensor, before: torch.Tensor) -> None:
         raise Mismatch(f"{name}: {int(different.sum())} of {different.numel()} bytes are not what they should be")
 
 
-def decay_and_rate(memory: MemorySpec, gates: torch.Tensor, A_log: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``g`` and ``b`` of the recurrence, from gates ``[..., H, num_gates]``."""
-    if memory.keeps_decay:
-        return gates[..., 0], gates[..., 1]
-    rate = gates[..., 0]
-    return (-A_log.exp() * rate if memory.decay_from_rate else torch.zeros_like(rate)), rate
-
-
 def memory_reads(step: Step, requests: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what requests read, ``[N, H, D]``, and their new states ``[R, H, D, D]``, from what pages hold now."""
-    layer, pool, reads, states = step.layer, step.layer.pool, [], []
+    memory, reads, states = step.memory, [], []
     for request in requests:
         rows = step.reading[request]
-        owners, evicted = step.owners[rows], step.positions[rows] - layer.setting.window
-        keys, values, gates = pool.tokens(owners, evicted)
-        g, b = decay_and_rate(step.memory, gates.float(), layer.A_log)
-        state = pool.states(owners[:1])
-        if int(evicted[0]) == layer.setting.sinks:
+        owners, evicted = step.owners[rows], step.positions[rows] - step.setting.window
+        keys, values, gates = step.pool.tokens(owners, evicted)
+        g, b = gates[..., 0].float(), gates[..., -1].float()
+        if not memory.keeps_decay:
+            g = -step.A_log.exp() * b if memory.decay_from_rate else torch.zeros_like(b)
+        state = step.pool.states(owners[:1])
+        if int(evicted[0]) == step.setting.sinks:
             state = torch.zeros_like(state)
         q, k = l2_normalize(step.query[rows].double()), l2_normalize(keys.double())
         recurrence = naive_recurrence if len(q) < CHUNKED_FROM else chunk_recurrence
-        tokens = (x[None] for x in (q, k, values.double(), g, b))
-        o, state = recurrence(*tokens, step.scale, step.memory.delta, state)
+        o, state = recurrence(*(x[None] for x in (q, k, values.double(), g, b)), step.scale, memory.delta, state)
         reads.append(o[0])
         states.append(state[0])
     return torch.cat(reads), torch.stack(states)
 
 
+def verify_memory(
+    kernel: str, step: Step, requests: list[int], compute: Callable[[], torch.Tensor], *, mean: float, most: float
+) -> torch.Tensor:
+    """Compare what ``requests`` read with the oracle's, and their states; all other pages are to stay as they are.
+
+    Returns what ``compute`` does: reads, one for each request of the batch if they are `Step.o`.
+    """
+    wanted, states = memory_reads(step, requests)
+    who = step.requests[requests]
+    before = step.pool.other_pages(who).clone()
+    o = compute()
+    compare(f"{kernel}'s reads, {step}", o[requests] if o is step.o else o, wanted, mean=mean, most=most)
+    compare(f"{kernel}'s states, {step}", step.pool.states(who), states, mean=mean, most=most)
+    untouched(f"pages beside states after {kernel}, {step}", step.pool.other_pages(who), before)
+    return o
+
+
 def read_out(step: Step, rows: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
     """Return what the memory adds to the output of some tokens, ``[n, H, D]``, of reads ``[n, H, D]``."""
-    layer = step.layer
-    o, gate, norm = o.double(), F.silu(step.z[rows].double()).unsqueeze(-1), layer.norm.double()
+    o, gate, norm = o.double(), F.silu(step.z[rows].double()).unsqueeze(-1), step.norm.double()
     if step.memory.norm_all_heads:
-        gated = (o * gate).flatten(1)
-        y = F.rms_norm(gated, gated.shape[1:], norm, eps=1e-5).view(o.shape)
+        y = F.rms_norm((o * gate).flatten(1), norm.shape, norm, eps=1e-5).view(o.shape)
     else:
-        y = F.rms_norm(o, o.shape[2:], norm, eps=1e-5) * gate
-    return torch.einsum("nhi,hij->nhj", y, layer.o_proj[step.number % len(layer.o_proj)].double())
+        y = F.rms_norm(o, norm.shape, norm, eps=1e-5) * gate
+    return torch.einsum("nhi,hij->nhj", y, step.o_proj.double())
 
 
-def attention(
-    pool: Pool, request: int, queries: torch.Tensor, positions: torch.Tensor, window: int | None, sinks: int
-) -> torch.Tensor:
-    """Return attention ``[n, H, D]`` of a request's queries ``[n, H, D]`` at positions ``[n]``; full without window."""
+def attention(step: Step, request: int, rows: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Return attention ``[n, H, D]`` of the tokens ``rows`` of a request; full without a window."""
+    queries, positions = step.query[rows].double(), step.positions[rows]
     first = max(int(positions.min()) - window + 1, 0) if window else 0
-    last = int(positions.max()) + 1
+    sinks, last = step.setting.sinks, int(positions.max()) + 1
     seen = torch.cat((torch.arange(min(sinks, first)), torch.arange(first, last))).to(queries.device)
-    keys, values, _ = pool.tokens(torch.full_like(seen, request), seen)
+    keys, values, _ = step.pool.tokens(torch.full_like(seen, request), seen)
     age = positions[:, None] - seen[None, :]
     visible = age >= 0
     if window:
         visible &= (age < window) | (seen < sinks)
-    heads, kv_heads = queries.shape[1], keys.shape[1]
     outputs = []
-    for head in range(heads):
-        k, v = (x[:, head * kv_heads // heads].double() for x in (keys, values))
-        scores = queries[:, head].double() @ k.T * queries.shape[2] ** -0.5
+    for head in range(step.model.heads):
+        k, v = (x[:, head // step.model.group].double() for x in (keys, values))
+        scores = queries[:, head] @ k.T * queries.shape[2] ** -0.5
         outputs.append(scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v)
     return torch.stack(outputs, 1)

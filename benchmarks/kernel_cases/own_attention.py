@@ -174,27 +174,15 @@ def paged_attention(
 ) -> None:
     """Attend, causally, with rows of queries to pages.
 
-    Args:
-        query: ``[num_tokens, H, D]``, heads contiguous, half precision, ``D`` a power of two.
-        key_pages, value_pages: ``[num_blocks, Hkv, block_size, D]``, planes contiguous, equal strides.
-        output: like ``query``, is written.
-        query_start_loc: ``[R + 1]`` int32, first token of each row. Rows without any are left alone.
-        lens: ``[R]`` int32, keys of each row, those of its queries last.
-        block_table: ``[R, width]`` int32.
-        max_query_len: most queries of a row.
-        window: ``W``; None for all keys.
-        sinks: ``S``, beside a window.
-        scale: factor on scores.
-        segments: from `segments_of`.
+    ``query`` and ``output`` are ``[num_tokens, H, D]`` in half precision, ``D`` a power of two; pages are planes
+    ``[num_blocks, Hkv, block_size, D]``. Row ``r`` has queries from ``query_start_loc[r]`` on, the last of its
+    ``lens[r]`` keys. ``window`` is ``W``, None for all keys; ``segments`` comes from `segments_of`.
     """
     heads, head_size = query.shape[1:]
     kv_heads, block_size = key_pages.shape[1:3]
-    if query.stride()[1:] != (head_size, 1) or output.stride()[1:] != (head_size, 1):
-        raise ValueError("heads of query and output must be contiguous")
-    if key_pages.stride() != value_pages.stride():
-        raise ValueError("keys and values must be planes of the same pages")
-    if segments > 1 and max_query_len > 1:
-        raise ValueError("only decodes are split into segments")
+    assert query.stride()[1:] == output.stride()[1:] == (head_size, 1), "heads must be contiguous"
+    assert key_pages.stride() == value_pages.stride(), "keys and values must be planes of the same pages"
+    assert segments == 1 or max_query_len == 1, "only decodes are split into segments"
     group, rows, decodes = heads // kv_heads, len(lens), max_query_len == 1
     block_m = max(16, triton.next_power_of_2(group)) if decodes else 128
     block_q = 1 if decodes else block_m // group

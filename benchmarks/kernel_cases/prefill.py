@@ -2,63 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from kernel_cases import oracles
-from kernel_cases.layer import Layer, Step
-from kernel_cases.oracles import compare, untouched
+from kernel_cases.layer import Step
+from kernel_cases.oracles import verify_memory
 from kernel_cases.setting import Model, Row, Setting
 from vllm_ahn.memory.spec import MemorySpec
 
-MEAN, MOST = 1.5e-2, 5e-2
-"""Errors allowed in half precision: queries, keys, values and what the chunk kernels keep between them are rounded."""
+ALLOWED = {"mean": 1.5e-2, "most": 5e-2}
+"""Errors in half precision: queries, keys, values and what the chunk kernels keep between them are rounded."""
 
 
-def _step(
-    setting: Setting,
-    model: Model,
-    memory: MemorySpec,
-    lengths: tuple[int, ...],
-    *,
-    random: bool = True,
-    vast: bool = False,
-) -> Step:
+def _step(setting: Setting, model: Model, memory: MemorySpec, absorbed: Sequence[int], **pages: Any) -> Step:
     """Return requests that absorb some tokens each; every other one enters the memory, and the others have a state."""
-    lens = [setting.capacity + (i + 1) % 2 + length for i, length in enumerate(lengths)]
+    lengths = [setting.capacity + (i + 1) % 2 + tokens for i, tokens in enumerate(absorbed)]
     size = setting.block_size
-    blocks = range(setting.sinks // size, (setting.sinks + 1 + max(lengths)) // size + 1)
-    return Layer(setting, model, memory, lens, lengths, blocks, random=random, vast=vast).step()
+    blocks = range(setting.sinks // size, (setting.sinks + 1 + max(absorbed)) // size + 1)
+    return Step(setting, model, memory, lengths, absorbed, blocks, **pages)
 
 
 def verify(setting: Setting, model: Model, memory: MemorySpec) -> None:
     """Verify odd lengths in pages of NaN, and the lengths that are timed."""
-    for lengths in setting.verified_stretches:
-        _verify(_step(setting, model, memory, lengths, random=False))
-    for lengths in setting.stretches:
-        _verify(_step(setting, model, memory, lengths))
+    some = [(absorbed, {"random": False}) for absorbed in setting.verified_stretches]
+    some += [(absorbed, {}) for absorbed in setting.stretches]
     if setting.on_gpu:
-        _verify(_step(setting, model, memory, setting.verified_stretches[-1], vast=True))
+        some.append((setting.verified_stretches[-1], {"vast": True}))
+    for absorbed, pages in some:
+        step = _step(setting, model, memory, absorbed, **pages)
+        verify_memory("prefill_memory", step, list(step.reading), step.prefill, **ALLOWED)
 
 
-def _verify(step: Step) -> None:
-    pool = step.layer.pool
-    wanted, states = oracles.memory_reads(step, list(step.reading))
-    before = pool.other_pages(step.requests).clone()
-    o = step.prefill()
-    where = f"{step.layer.model.name} {step.memory.name}, {step.layer.new} tokens"
-    compare(f"prefill_memory's reads, {where}", o, wanted, mean=MEAN, most=MOST)
-    compare(f"prefill_memory's states, {where}", pool.states(step.requests), states, mean=MEAN, most=MOST)
-    untouched(f"pages beside states, {where}", pool.other_pages(step.requests), before)
-
-
-def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
+def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]:
     """Time what some requests absorb together."""
-    timer, rows = setting.measures, []
-    for lengths in setting.stretches:
-        step = _step(setting, model, memory, lengths)
-        row = Row("prefill", model.name, memory.name, {"requests": len(lengths), "tokens": sum(lengths)})
+    timer = setting.timer
+    for absorbed in setting.stretches:
+        step = _step(setting, model, memory, absorbed)
+        row = Row("prefill", model.name, memory.name, {"requests": len(absorbed), "tokens": sum(absorbed)})
         row.times = {
             "memory": timer.stream(step.prefill),
             "fla alone": timer.stream(step.chunks()),
@@ -66,8 +49,7 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
         }
         row.ratios = {
             "memory/fla alone": row.faster("memory", "fla alone"),
-            "million tokens/s": sum(lengths) / row.microseconds("memory"),
+            "million tokens/s": sum(absorbed) / row.microseconds("memory"),
             "host, us": row.times["memory"].host or 0.0,
         }
-        rows.append(row)
-    return rows
+        yield row

@@ -18,55 +18,26 @@ import torch
 
 import report
 from kernel_cases import attention, decode, prefill, window, write
-from kernel_cases.setting import MODELS, QUICK, TINY, TINY_SIZES, Model, Row, Setting
+from kernel_cases.setting import MODELS, QUICK, TINY, TINY_SIZES, Row, Setting
 from kernel_cases.timing import Timer
 from vllm_ahn.memory.spec import MEMORIES
 
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One module of this package."""
-
-    title: str
-    module: ModuleType
-    models: tuple[str, ...]
-    """Of the default run. Tuning flash-linear-attention's chunk kernels takes minutes for every number of heads."""
-    memories: tuple[str, ...]
-    """Likewise: what hardly depends on the memory is measured with one."""
-
-
 FIRST = tuple(MEMORIES)[:1]
-CASES = {
-    "write": Case("Cache write", write, tuple(MODELS), FIRST),
-    "decode": Case("Decode memory and read-out, a layer", decode, tuple(MODELS), tuple(MEMORIES)),
-    "window": Case("Attention of a layer at 128k tokens", window, tuple(MODELS), FIRST),
-    "prefill": Case("Prefill memory, a layer", prefill, ("3B",), tuple(MEMORIES)),
+CASES: dict[str, tuple[str, ModuleType, tuple[str, ...], tuple[str, ...]]] = {
+    "write": ("Cache write", write, tuple(MODELS), FIRST),
+    "decode": ("Decode memory and read-out, a layer", decode, tuple(MODELS), tuple(MEMORIES)),
+    "window": ("Attention of a layer at 128k tokens", window, tuple(MODELS), FIRST),
+    "prefill": ("Prefill memory, a layer", prefill, ("3B",), tuple(MEMORIES)),
 }
+"""Title, module, and the models and memories of the default run. What hardly depends on the memory has one memory;
+tuning flash-linear-attention's chunk kernels takes minutes for every number of heads."""
 
 
 def main(description: str, arguments: Sequence[str] | None = None, device: str = "cuda") -> int:
     """Run what the command line says; return the exit status.
 
-    Args:
-        description: for ``--help``.
-        arguments: of the command line; None for this program's.
-        device: on a ``cpu``, for tests in Triton's interpreter, small shapes are verified and nothing is timed.
+    On a ``cpu``, for tests in Triton's interpreter, small shapes are verified and nothing is timed.
     """
-    options = _parser(description)
-    values = options.parse_args(arguments)
-    if device == "cpu":
-        setting = Setting(torch.device("cpu"), None, attention=values.attention, **TINY_SIZES)
-    elif not torch.cuda.is_available():
-        options.error("there is no GPU here")
-    else:
-        gpu = torch.device("cuda", torch.cuda.current_device())
-        setting = Setting(gpu, Timer(gpu), attention=values.attention, **(QUICK if values.quick else {}))
-    with torch.no_grad():
-        result = benchmark(setting, values.cases, values.models, values.memories, values.json, values.minutes)
-    return 1 if result["failures"] else 0
-
-
-def _parser(description: str) -> argparse.ArgumentParser:
     parser = report.parser(description)
     parser.add_argument("--cases", type=_names(CASES), default=list(CASES), help=f"some of {','.join(CASES)}")
     for name, known in (("models", MODELS), ("memories", MEMORIES)):
@@ -75,7 +46,17 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--attention", choices=("auto", "vllm", "own"), default="auto", help="paged attention kernel")
     parser.add_argument("--minutes", type=float, default=7, help="start nothing new after so many (default: 7)")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    return parser
+    values = parser.parse_args(arguments)
+    if device == "cpu":
+        setting = Setting(torch.device("cpu"), None, attention=values.attention, **TINY_SIZES)
+    elif not torch.cuda.is_available():
+        parser.error("there is no GPU here")
+    else:
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        setting = Setting(gpu, Timer(gpu), attention=values.attention, **(QUICK if values.quick else {}))
+    with torch.no_grad():
+        result = benchmark(setting, values.cases, values.models, values.memories, values.json, values.minutes)
+    return 1 if result["failures"] else 0
 
 
 def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
@@ -96,15 +77,11 @@ def benchmark(
     file: Path | None = None,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """Verify and time, print tables, and return what is written to ``file``.
+    """Verify and time, print tables, and return the result.
 
-    Args:
-        setting: what to measure and on what; without a timer nothing is timed, on a CPU the model is a tiny one.
-        cases: names in `CASES`.
-        models: names in `MODELS`; None for each case's own choice.
-        memories: names; None likewise.
-        file: gets the result, in JSON, after every case, so that a run that is cut short leaves what it has.
-        minutes: after which nothing new is started; what that leaves out is said.
+    Models and memories are each case's own by default; on a CPU the model is a tiny one. ``file`` gets the result in
+    JSON after every case, so that a run that is cut short leaves what it has. Nothing new is started after so many
+    ``minutes``, and what that leaves out is said.
     """
 
     def save() -> None:
@@ -113,18 +90,33 @@ def benchmark(
             file.write_text(json.dumps(result, indent=1) + "\n")
 
     started = time.perf_counter()
-    result = _head(setting)
-    save()
+    result: dict[str, Any] = {
+        "command": report.command(),
+        "machine": report.machine(),
+        "device": setting.timer and setting.timer.describe(),
+        "attention": attention.described(setting),
+        "seed": torch.seed(),
+        "setting": setting.sizes(),
+    }
     for name in ("command", "machine", "device", "attention", "seed"):
         print(f"{name}: {result[name]}")
+    result |= {"cases": {}, "aims": [], "failures": [], "left out": []}
+    save()
     for name in cases:
-        case = CASES[name]
-        chosen = [MODELS[model] for model in models or case.models] if setting.on_gpu else [TINY]
-        rows = _run(case, setting, chosen, memories or case.memories, started + 60 * minutes, result)
+        title, module, default_models, default_memories = CASES[name]
+        rows: list[Row] = []
+        for model in (models or default_models) if setting.on_gpu else [TINY.name]:
+            for memory in memories or default_memories:
+                what = f"{title}, {model}, {memory}"
+                if time.perf_counter() > started + 60 * minutes:
+                    result["left out"].append(what)
+                    print(f"{what}: left out, time is up", flush=True)
+                else:
+                    rows += _run(module, setting, model, memory, what, result["failures"])
         result["cases"][name] = [dataclasses.asdict(row) for row in rows]
         if setting.timer is not None:
-            print(f"\n{case.title}\n{table(rows)}\n", flush=True)
-            result["aims"] += judge(case.module, rows)
+            print(f"\n{title}\n{table(rows)}\n", flush=True)
+            result["aims"] += judge(module, rows)
         save()
     for aim in result["aims"]:
         found = "" if aim["met"] is None else f": {_figure(aim['value'])} at worst ({aim['where']})"
@@ -135,54 +127,23 @@ def benchmark(
     return result
 
 
-def _head(setting: Setting) -> dict[str, Any]:
-    sizes = {name: value for name, value in vars(setting).items() if name not in ("device", "timer")}
-    return {
-        "command": report.command(),
-        "machine": report.machine(),
-        "device": None if setting.timer is None else setting.timer.describe(),
-        "attention": attention.described(setting),
-        "seed": torch.seed(),
-        "setting": sizes | {name: str(sizes[name]) for name in ("dtype", "state_dtype")},
-        "cases": {},
-        "aims": [],
-        "failures": [],
-        "left out": [],
-    }
-
-
-def _run(
-    case: Case,
-    setting: Setting,
-    models: Sequence[Model],
-    memories: Sequence[str],
-    deadline: float,
-    result: dict[str, Any],
-) -> list[Row]:
-    """Verify and time a case. What fails, and what there is no time for, is said and left out; the rest goes on."""
-    rows: list[Row] = []
-    for model in models:
-        for memory in memories:
-            started = time.perf_counter()
-            name = f"{case.title}, {model.name}, {memory}"
-            if started > deadline:
-                result["left out"].append(name)
-                print(f"{name}: left out, time is up", flush=True)
-                continue
-            try:
-                case.module.verify(setting, model, MEMORIES[memory])
-                if setting.timer is not None:
-                    rows += case.module.measure(setting, model, MEMORIES[memory])
-            except Exception as error:
-                result["failures"].append(f"{name}: {type(error).__name__}: {error}")
-                print(f"FAILED {result['failures'][-1]}", flush=True)
-                traceback.print_exc()
-            else:
-                done = "verified" if setting.timer is None else "verified and timed"
-                print(f"{name}: {done} in {time.perf_counter() - started:.1f} s", flush=True)
-            gc.collect()
-            if setting.on_gpu:
-                torch.cuda.empty_cache()
+def _run(module: Any, setting: Setting, model: str, memory: str, what: str, failures: list[str]) -> list[Row]:
+    """Verify and time one model and memory. What fails is said, and the others go on."""
+    started, rows = time.perf_counter(), []
+    case = (setting, MODELS.get(model, TINY), MEMORIES[memory])
+    try:
+        module.verify(*case)
+        rows = list(module.measure(*case)) if setting.timer is not None else []
+    except Exception as error:
+        failures.append(f"{what}: {type(error).__name__}: {error}")
+        print(f"FAILED {failures[-1]}", flush=True)
+        traceback.print_exc()
+    else:
+        done = "verified" if setting.timer is None else "verified and timed"
+        print(f"{what}: {done} in {time.perf_counter() - started:.1f} s", flush=True)
+    gc.collect()
+    if setting.on_gpu:
+        torch.cuda.empty_cache()
     return rows
 
 
@@ -204,17 +165,14 @@ def table(rows: Sequence[Row]) -> str:
     """Return the rows of one case: medians in microseconds, then ratios."""
     if not rows:
         return "nothing was timed"
-    sizes, times, ratios = (
-        list(dict.fromkeys(name for row in rows for name in getattr(row, kind) if name != "bytes"))
-        for kind in ("sizes", "times", "ratios")
-    )
-    lines = []
+    cells = []
     for row in rows:
-        cells = [f"{row.sizes[name]:,}" if name in row.sizes else "" for name in sizes]
-        cells += [_figure(row.times[name].median) if name in row.times else "" for name in times]
-        cells += [_figure(row.ratios[name]) if name in row.ratios else "" for name in ratios]
-        lines.append([row.model, row.memory, *cells])
-    return report.table(["model", "memory", *sizes, *(f"{name}, us" for name in times), *ratios], lines, left=2)
+        sizes = {name: f"{size:,}" for name, size in row.sizes.items() if name != "bytes"}
+        times = {f"{name}, us": _figure(times.median) for name, times in row.times.items()}
+        ratios = {name: _figure(ratio) for name, ratio in row.ratios.items()}
+        cells.append({"model": row.model, "memory": row.memory} | sizes | times | ratios)
+    columns = list(dict.fromkeys(name for row in cells for name in row))
+    return report.table(columns, [[row.get(name, "") for name in columns] for row in cells], left=2)
 
 
 def _figure(value: float) -> str:

@@ -63,11 +63,10 @@ class Setting:
         """W + S."""
         return self.window + self.sinks
 
-    @property
-    def measures(self) -> Timer:
-        """The timer, which has to be there."""
-        assert self.timer is not None
-        return self.timer
+    def sizes(self) -> dict[str, Any]:
+        """Return all but the device, for a result."""
+        sizes = {name: value for name, value in vars(self).items() if name not in ("device", "timer")}
+        return sizes | {name: str(sizes[name]) for name in ("dtype", "state_dtype")}
 
 
 QUICK: dict[str, Any] = {

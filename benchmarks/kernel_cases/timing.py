@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,12 +46,9 @@ class Timer:
     """Measures on the current device."""
 
     def __init__(self, device: torch.device) -> None:
-        properties = torch.cuda.get_device_properties(device)
-        self.device = device
-        self.name: str = properties.name
-        self.multiprocessors: int = properties.multi_processor_count
-        self.memory_bytes: int = properties.total_memory
-        self.cache_bytes: int = getattr(properties, "L2_cache_size", 0) or 64 << 20
+        self.device, self._properties = device, torch.cuda.get_device_properties(device)
+        self.multiprocessors: int = self._properties.multi_processor_count
+        self.cache_bytes: int = getattr(self._properties, "L2_cache_size", 0) or 64 << 20
         self._flush = torch.empty(4 * self.cache_bytes, dtype=torch.int8, device=device)
         self._source, self._target = torch.empty((2, COPIED), dtype=torch.int8, device=device).random_().unbind()
         self.copy_bandwidth = 2e-3 * COPIED / self.graph([lambda: self._target.copy_(self._source)]).median
@@ -59,9 +57,9 @@ class Timer:
     def describe(self) -> dict[str, Any]:
         """Return the device in figures."""
         return {
-            "name": self.name,
+            "name": self._properties.name,
             "multiprocessors": self.multiprocessors,
-            "memory GiB": round(self.memory_bytes / 2**30, 1),
+            "memory GiB": round(self._properties.total_memory / 2**30, 1),
             "L2 MiB": round(self.cache_bytes / 2**20, 1),
             "copy GB/s": round(self.copy_bandwidth, 1),
         }
@@ -80,10 +78,10 @@ class Timer:
         part = min(num_bytes // 2 + 15 & ~15, len(self._source))
         starts = range(0, len(self._source) - part + 1, part)[: self.sets(num_bytes)]
 
-        def copy(start: int) -> Call:
-            return lambda: self._target[start : start + part].copy_(self._source[start : start + part])
+        def copy(start: int) -> None:
+            self._target[start : start + part].copy_(self._source[start : start + part])
 
-        times = self.graph([copy(start) for start in starts])
+        times = self.graph([partial(copy, start) for start in starts])
         scale = max(num_bytes / (2 * part), 1)
         return replace(times, median=scale * times.median, low=scale * times.low, high=scale * times.high)
 

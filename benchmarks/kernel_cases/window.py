@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 
 from kernel_cases import oracles
-from kernel_cases.attention import attend, full_spans, windowed_spans
-from kernel_cases.layer import Layer
+from kernel_cases.attention import full_spans, kernel, windowed_spans
+from kernel_cases.layer import Step
 from kernel_cases.oracles import compare
 from kernel_cases.setting import Model, Row, Setting
-from kernel_cases.timing import Call, Timer
 from report import Aim
 from vllm_ahn.memory.spec import MemorySpec
-
-MEAN, MOST = 1e-2, 3e-2
-"""Errors allowed in half precision."""
 
 SHARPNESS = 4.0
 """Standard deviation of scores: some keys have a weight that would be missed."""
@@ -35,173 +34,119 @@ AIMS = [
     ("AHN layer at batch 32, times what it takes without memory", Aim("<=", 1.1), "AHN layer/no memory", _at_32),
 ]
 
+KINDS = ("AHN", "no memory", "full")
 
-class Requests(Layer):
-    """Requests of the whole context, the last ``new`` tokens of which are this step's.
 
-    ``full``: attention to all keys instead of sinks and window. With more than one new token there is one request.
+class LayerStep(Step):
+    """A layer of one of `KINDS`, and requests of the whole context, the last ``tokens`` of which are new.
+
+    With more than one new token there is one request.
     """
 
     def __init__(
-        self,
-        setting: Setting,
-        model: Model,
-        memory: MemorySpec | None,
-        full: bool,
-        requests: int,
-        new: int,
-        *,
-        vast: bool = False,
+        self, kind: str, setting: Setting, model: Model, memory: MemorySpec, requests: int, tokens: int, *, vast=False
     ) -> None:
         # One token less than blocks would hold: what follows it is NaN.
-        self.full, self.tokens, self.length = full, new, setting.context - 1
-        blocks = held_blocks(setting, full, new)
-        super().__init__(setting, model, memory, [self.length] * requests, [new] * requests, blocks, vast=vast)
+        self.kind, self.tokens, length, size = kind, tokens, setting.context - 1, setting.block_size
+        # What a request holds before the step: the blocks of sinks and window, or all.
+        last = -(-setting.context // size)
+        first = 0 if kind == "full" else max((length - tokens - setting.window) // size, 0)
+        blocks = [*range(min(-(-setting.sinks // size), first)), *range(first, last)]
+        batch = ([length] * requests, [tokens] * requests, blocks)
+        super().__init__(setting, model, memory if kind == "AHN" else None, *batch, vast=vast)
         for plane in self.pool.planes:
-            plane[self.pool.window_table[:, blocks[-1]].long(), :, self.length % setting.block_size :] = torch.nan
+            plane[self.pool.window_table[:, blocks[-1]].long(), :, length % size :] = torch.nan
         self.query.mul_(SHARPNESS)
         self.output.fill_(torch.nan)
-
-    @property
-    def kind(self) -> str:
-        """What the layer is, in words."""
-        return "AHN" if self.memory else "full" if self.full else "no memory"
-
-
-class Batch:
-    """The calls that are timed, of some of the requests."""
-
-    def __init__(self, layer: Requests, first: int, requests: int) -> None:
-        self.layer, self.step = layer, layer.step(first, requests)
-        self.compaction: Call = lambda: None
-        if layer.full:
-            spans = full_spans(self.step, layer.tokens, layer.length)
+        self.compaction = None
+        if kind == "full":
+            spans = full_spans(self, tokens, length)
         else:
-            spans, self.compaction = windowed_spans(self.step, layer.tokens)
-        self.attend = attend(self.step, spans)
-        if layer.memory:
-            self.plan()
+            spans, self.compaction = windowed_spans(self, tokens)
+        self._attend = kernel(self, spans)
+        self.plan()
 
     def plan(self) -> None:
         """Do what a model does on the device once a step, not in every layer."""
-        self.compaction()
-        if self.layer.memory and self.layer.tokens == 1:
-            self.step.plan_decode()
+        if self.compaction:
+            self.compaction()
+        if self.memory and self.tokens == 1:
+            self.plan_decode()
+
+    def attend(self) -> None:
+        """Attend to the window or to everything."""
+        self._attend(self.query, self.output)
 
     def remember(self) -> None:
         """Absorb, read and add."""
-        step = self.step
-        if self.layer.tokens == 1:
-            step.read_out(step.decode(), step.rows)
+        if self.tokens == 1:
+            self.read_out(self.decode(), self.rows)
         else:
-            step.read_out(step.prefill(), step.prefill_plan.reads)
+            self.read_out(self.prefill(), self.prefill_plan.reads)
 
     def __call__(self) -> None:
         """Run the whole layer, between projections of its input and ``o_proj``."""
-        self.step.write()
+        self.write()
         self.attend()
-        if self.layer.memory:
+        if self.memory:
             self.remember()
-
-
-def held_blocks(setting: Setting, full: bool, new: int) -> list[int]:
-    """Return the blocks that a request holds before a step of ``new`` tokens: those of sinks and window, or all."""
-    size = setting.block_size
-    last = -(-setting.context // size)
-    if full:
-        return list(range(last))
-    first = max((setting.context - 1 - new - setting.window) // size, 0)
-    return [*range(min(-(-setting.sinks // size), first)), *range(first, last)]
 
 
 def verify(setting: Setting, model: Model, memory: MemorySpec) -> None:
     """Verify decodes of three requests and chunks, of layers with memory, without, and with full attention."""
-    for new in (1, *setting.chunks):
+    some = [(kind, new, False) for new in (1, *setting.chunks) for kind in KINDS]
+    for kind, new, vast in [*some, ("AHN", 1, True)] if setting.on_gpu else some:
         requests = 3 if new == 1 else 1
-        for with_memory, full in ((memory, False), (None, False), (None, True)):
-            _verify(Requests(setting, model, with_memory, full, requests, new))
-    if setting.on_gpu:
-        _verify(Requests(setting, model, memory, False, 3, 1, vast=True))
+        step = LayerStep(kind, setting, model, memory, requests, new, vast=vast)
+        # What is evicted was written long ago, so the oracle may come first, as it has to: states change in place.
+        reads = oracles.memory_reads(step, list(range(requests)))[0] if step.memory else None
+        step()
+        for request in range(requests):
+            chosen = torch.randint(new, (min(new, SAMPLED),), device=setting.device)
+            if new > 1:
+                chosen[0], chosen[1] = 0, new - 1
+            rows = request * new + chosen
+            wanted = oracles.attention(step, request, rows, None if kind == "full" else setting.window)
+            if reads is not None:
+                wanted += oracles.read_out(step, rows, reads[rows])
+            where = f"{model.name} layer, {kind}, {new} new tokens, request {request}"
+            compare(where, step.output[rows], wanted, mean=1e-2, most=3e-2)
 
 
-def _verify(layer: Requests) -> None:
-    setting, new, requests = layer.setting, layer.tokens, len(layer.lens)
-    batch = Batch(layer, 0, requests)
-    step = batch.step
-    # What is evicted was written long ago, so the oracle may come first, as it has to: states change in place.
-    reads = oracles.memory_reads(step, list(range(requests)))[0] if layer.memory else None
-    batch()
-    for request in range(requests):
-        chosen = torch.randint(new, (min(new, SAMPLED),), device=setting.device)
-        if new > 1:
-            chosen[0], chosen[1] = 0, new - 1
-        rows = request * new + chosen
-        window = None if layer.full else setting.window
-        wanted = oracles.attention(layer.pool, request, step.query[rows], step.positions[rows], window, setting.sinks)
-        if reads is not None:
-            wanted += oracles.read_out(step, rows, reads[rows])
-        where = f"{layer.model.name} layer, {layer.kind}, {new} new tokens, request {request}"
-        compare(where, step.output[rows], wanted, mean=MEAN, most=MOST)
-
-
-def key_bytes(model: Model, tokens: int) -> int:
-    """Return bytes of keys and values of so many tokens."""
-    return 4 * model.kv_heads * model.head_size * tokens
-
-
-def measure(setting: Setting, model: Model, memory: MemorySpec) -> list[Row]:
+def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]:
     """Time decodes and chunks."""
-    timer = setting.measures
-    rows = _decodes(setting, timer, model, memory)
-    rows += [_chunk(setting, timer, model, memory, new) for new in setting.chunks]
-    for row in rows:
+    timer, key_bytes = setting.timer, 4 * model.kv_heads * model.head_size  # of a token, and its value's
+    free = SPARE * timer.free_bytes()
+    batches = [batch for batch in setting.attention_batches if batch * key_bytes * setting.context < free]
+    left_out = [batch for batch in setting.attention_batches if batch not in batches]
+    if left_out:
+        print(f"window attention, {model.name}: batches {left_out} do not fit the device", flush=True)
+    for batch, new in [*((batch, 1) for batch in batches), *((1, new) for new in setting.chunks)]:
+        row = Row("window", model.name, memory.name, {"batch": batch, "new": new})
+        for kind in KINDS:  # one after the other: together they would take twice the memory
+            sets = max(batches) // batch if new == 1 else 1
+            if kind != "AHN":
+                seen = setting.context if kind == "full" else setting.capacity
+                sets = min(sets, timer.sets(batch * key_bytes * seen))
+            _time(row, [LayerStep(kind, setting, model, memory, batch, new) for _ in range(sets)])
+        window = timer.percent_of_copy(batch * key_bytes * setting.capacity, row.microseconds("window"))
         row.ratios = {
             "full/window": row.faster("full", "window"),
             "full layer/AHN layer": row.faster("full layer", "AHN layer"),
             "AHN layer/no memory": row.faster("AHN layer", "no memory layer"),
-            **row.ratios,
+            **({"window, % of copy": window} if new == 1 else {}),
         }
-    return rows
+        yield row
 
 
-def _decodes(setting: Setting, timer: Timer, model: Model, memory: MemorySpec) -> list[Row]:
-    free = SPARE * timer.free_bytes()
-    batches = [batch for batch in setting.attention_batches if batch * key_bytes(model, setting.context) < free]
-    left_out = [batch for batch in setting.attention_batches if batch not in batches]
-    if left_out:
-        print(f"window attention, {model.name}: batches {left_out} do not fit the device", flush=True)
-    rows = {batch: Row("window", model.name, memory.name, {"batch": batch, "new": 1}) for batch in batches}
-    for with_memory, full in ((memory, False), (None, False), (None, True)) if batches else ():
-        # One after the other: together they would take twice the memory.
-        _time_decodes(timer, Requests(setting, model, with_memory, full, max(batches), 1), rows)
-    for batch, row in rows.items():
-        window = batch * key_bytes(model, setting.capacity)
-        row.ratios["window, % of copy"] = timer.percent_of_copy(window, row.microseconds("window"))
-    return list(rows.values())
-
-
-def _time_decodes(timer: Timer, layer: Requests, rows: dict[int, Row]) -> None:
-    setting, model = layer.setting, layer.model
-    seen = setting.context if layer.full else setting.capacity
-    for size, row in rows.items():
-        batches = [Batch(layer, first, size) for first in range(0, max(rows), size)]
-        some = batches[: timer.sets(size * key_bytes(model, seen))]
-        row.times[f"{layer.kind} layer"] = timer.graph(some)
-        if layer.memory:
-            row.times["memory"] = timer.graph([batch.remember for batch in batches])
-            row.times["plan a step"] = timer.graph([batch.plan for batch in batches])
-        else:
-            row.times["full" if layer.full else "window"] = timer.graph([batch.attend for batch in some])
-
-
-def _chunk(setting: Setting, timer: Timer, model: Model, memory: MemorySpec, new: int) -> Row:
-    row = Row("window", model.name, memory.name, {"batch": 1, "new": new})
-    for with_memory, full in ((memory, False), (None, False), (None, True)):
-        batch = Batch(Requests(setting, model, with_memory, full, 1, new), 0, 1)
-        row.times[f"{batch.layer.kind} layer"] = timer.stream(batch)
-        if with_memory:
-            row.times["memory"] = timer.stream(batch.remember)
-            row.times["plan a step"] = timer.stream(batch.plan)
-        else:
-            row.times["full" if full else "window"] = timer.stream(batch.attend)
-    return row
+def _time(row: Row, steps: list[LayerStep]) -> None:
+    """Time what there is in layers of one kind: decodes in a graph, a chunk launched kernel by kernel."""
+    first, timer = steps[0], steps[0].setting.timer
+    parts = {f"{first.kind} layer": LayerStep.__call__}
+    if first.memory:
+        parts |= {"memory": LayerStep.remember, "plan a step": LayerStep.plan}
+    else:
+        parts["full" if first.kind == "full" else "window"] = LayerStep.attend
+    for name, part in parts.items():
+        calls = [partial(part, step) for step in steps]
+        row.times[name] = timer.graph(calls) if first.tokens == 1 else timer.stream(*calls)

@@ -9,6 +9,7 @@ import torch
 import length
 import precision
 import serving
+from models import Comparison
 from report import FOLDER
 from vllm_ahn.memory.spec import MEMORIES
 
@@ -44,7 +45,7 @@ def test_serving() -> None:
 
 def test_length() -> None:
     result = committed("length-cpu")
-    setting = length.Lengths(**result["setting"])
+    setting = Comparison(**result["setting"])
     table = [line for line in "\n".join(length.paragraphs(setting, result)).splitlines() if line.startswith("| ")]
     before = [line for line in (FOLDER / "length-cpu.md").read_text().splitlines() if line.startswith("| ")]
     assert [cells(line) for line in table] == [cells(line) for line in before]
