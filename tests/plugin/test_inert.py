@@ -84,6 +84,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPaths:
 def probe(base: Path, **environment: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(base)],
+        # Transformers imports whatever is called "kernels", and the checkout has such a folder.
+        cwd=base,
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
