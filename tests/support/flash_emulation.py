@@ -216,12 +216,12 @@ def _attend(
             continue
         blocks = block_table[row, : -(-length // block_size)].long()
         assert length >= len(queries) and int(blocks.min()) >= 0 and int(blocks.max()) < pages
-        keys, values = (x[blocks].flatten(0, 1)[:length].float() for x in (k, v))
+        keys, values = (x[blocks].flatten(0, 1)[:length].double() for x in (k, v))
         keys, values = (x.repeat_interleave(q.shape[1] // kv_heads, 1) for x in (keys, values))
         t = torch.arange(length - len(queries), length)[:, None]
         distance = t - torch.arange(length)
         visible = (distance >= 0) & ((distance <= window[0]) | (window[0] < 0))
-        scores = torch.einsum("thd,jhd->htj", queries.float(), keys) * scale
+        scores = torch.einsum("thd,jhd->htj", queries.double(), keys) * scale
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         # Only keys that no query of the row sees may be anything at all.
         seen = visible.any(0)
