@@ -16,8 +16,8 @@ CONTRACT_TESTS := tests/contract tests/cache tests/plugin/test_arguments.py test
 .PHONY: help .venv demo check test lint contract commands small-model
 help:
 	@echo "make demo    serve a small model with an AHN and ask it something longer than its window"
-	@echo "make check   ruff, mypy and the tests that are not slow (5 minutes)"
-	@echo "make test    ruff, mypy and all tests (20 minutes)"
+	@echo "make check   ruff, mypy and the tests that are not slow (some minutes)"
+	@echo "make test    ruff, mypy and all tests (25 minutes on two quiet cores)"
 	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
 	@echo "make commands  every command of vLLM's, with and without an AHN, into docs/commands.md (half an hour)"
 	@echo "make small-model  train that model and its memories anew, into build/small-model (1 3/4 hours; EFFORT=0.5: one)"
