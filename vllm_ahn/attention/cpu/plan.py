@@ -96,11 +96,12 @@ class CPUPlanner:
         slot_mapping = common.slot_mapping[: common.num_actual_tokens]
         blocks, offsets = slot_mapping // spec.block_size, slot_mapping % spec.block_size
         any_beyond = bool(requests.beyond_window.any())
-        causal = self._causal(common, None) if spec.retain_all or not any_beyond else None
-        windowed = self._windowed(common, requests) if any_beyond else [causal]
-        for spans in [causal, *windowed] if any_beyond else [causal]:
-            if spans is not None:
-                self.attention.schedule(spans)
+        causal, windowed = None, []
+        if spec.retain_all or not any_beyond:
+            causal = self._causal(common, None)
+            windowed = [causal]
+        if any_beyond:
+            windowed = self._windowed(common, requests)
         return CPUPlan(
             spec=spec,
             num_tokens=common.num_actual_tokens,
@@ -110,7 +111,7 @@ class CPUPlanner:
             new_blocks=self._partly_new_blocks(blocks, offsets),
             attention=self.attention,
             causal=causal,
-            windowed=[spans for spans in windowed if spans is not None],
+            windowed=windowed,
             decodes=self._decodes(common, requests) if requests.decodes.any() else None,
             chunks=[self._chunk(common, stretch) for stretch in requests.stretches()],
         )
@@ -135,6 +136,7 @@ class CPUPlanner:
             starts = common.query_start_loc_cpu.long()
             spans.query_start_loc, spans.tokens = _select(starts[owners], starts[owners + 1])
             spans.lens, spans.block_table = spans.lens[owners], spans.block_table[owners]
+        self.attention.schedule(spans)
         return spans
 
     def _windowed(self, common: CommonAttentionMetadata, requests: StepRequests) -> list[AttentionSpans]:
@@ -167,7 +169,7 @@ class CPUPlanner:
         tables, compact_lens = compact_tables(
             spec, common.block_table_tensor[span_owners], span_ends - query_lens, span_ends
         )
-        return AttentionSpans(
+        spans = AttentionSpans(
             query_start_loc,
             compact_lens,
             tables,
@@ -177,6 +179,8 @@ class CPUPlanner:
             sinks=None if spec.rearrangeable else torch.full_like(compact_lens, spec.sinks),
             tokens=tokens,
         )
+        self.attention.schedule(spans)
+        return spans
 
     def _decodes(self, common: CommonAttentionMetadata, requests: StepRequests) -> Decodes:
         spec = self.spec
