@@ -5,7 +5,9 @@ vLLM's block pool has one page size for all layers and groups, so both memories 
 * A **window page** belongs to the lossless memory. For every KV head it holds three planes over the block's tokens:
   keys, values, and the gates that the compressed memory will need when a token leaves the window.
 * A **state page** belongs to the compressed memory. It holds whole columns ``M[:, j]`` of the heads' states, one
-  after another, in the state's own dtype. A request's state is the list of pages that its block table names.
+  after another, in the state's own dtype, and behind them as many updates ``u_i`` of each head as are kept, each as
+  long as a column (:mod:`vllm_ahn.kernels.settled`). A request has as many states as it has slots; its block table
+  names their pages, slot by slot.
 
 The views own no memory; whoever has one reads and writes the pages in place. Triton kernels find the same addresses
 by the helpers of :mod:`vllm_ahn.kernels.page_addresses`. Nothing here needs Triton or vLLM.
@@ -113,11 +115,18 @@ class StatePageLayout:
     page_bytes: int
     dtype: torch.dtype = torch.float32
     """In which states are kept: what is written is rounded to it, and what is read is float32 again."""
+    kept: int = 0
+    """Updates that are kept of each head."""
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of all heads, and the kept updates behind them: head ``h``'s begin at column ``H D + h kept``."""
+        return self.num_heads * (self.head_size + self.kept)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state of one request, without what is left over in its last page."""
-        return self.num_heads * self.head_size**2 * self.dtype.itemsize
+        """Bytes of one state and its kept updates, without what is left over in its last page."""
+        return self.num_columns * self.head_size * self.dtype.itemsize
 
     @property
     def columns_per_page(self) -> int:
@@ -126,8 +135,8 @@ class StatePageLayout:
 
     @property
     def num_pages(self) -> int:
-        """Pages that hold the state of one request."""
-        return -(-self.num_heads * self.head_size // self.columns_per_page)
+        """Pages of one state. A slot is so many entries of a block table."""
+        return -(-self.num_columns // self.columns_per_page)
 
 
 class StatePages:
@@ -139,7 +148,7 @@ class StatePages:
         layout: how states are cut.
 
     Attributes:
-        columns: ``[num_blocks, columns_per_page, D_k]``, a view of the cache.
+        columns: ``[num_blocks, columns_per_page, D]``, a view of the cache.
 
     Raises:
         ValueError: ``kv_cache`` is not made of such pages.
@@ -158,34 +167,70 @@ class StatePages:
         pages = kv_cache.flatten(1).view(layout.dtype)
         self.columns = pages[:, :used].unflatten(-1, (layout.columns_per_page, layout.head_size))
 
-    def check(self, table: torch.Tensor, num_heads: int, head_size: int) -> None:
+    def check(self, table: torch.Tensor, num_heads: int, head_size: int, num_slots: int = 1) -> None:
         """Raise ``ValueError`` unless ``table [num_requests, width]`` can name the pages of states of such heads."""
         layout = self.layout
         if (layout.num_heads, layout.head_size) != (num_heads, head_size):
             raise ValueError(
                 f"pages hold states of {layout.num_heads} heads of {layout.head_size}, not {num_heads} of {head_size}"
             )
-        if table.shape[1] < layout.num_pages:
-            raise ValueError(f"a state table of {table.shape[1]} pages a request is too narrow for {layout.num_pages}")
+        needed = num_slots * layout.num_pages
+        if table.shape[1] < needed:
+            raise ValueError(f"a state table of {table.shape[1]} pages a request is too narrow for {needed}")
+
+    def slots(self, table: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Return the page ids of one slot a row, ``[R, num_pages]`` int64.
+
+        Args:
+            table: ``[R, >= num_slots * num_pages]`` int32, rows of the state group's block table.
+            slots: ``[R]`` int64.
+        """
+        pages = torch.arange(self.layout.num_pages)
+        return table.gather(1, slots.unsqueeze(-1) * self.layout.num_pages + pages).long()
 
     def gather(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Read whole states.
 
         Args:
-            block_ids: ``[num_requests, num_pages]`` integer page ids.
+            block_ids: ``[R, num_pages]`` integer page ids.
 
         Returns:
-            A new tensor ``[num_requests, num_heads, D_k, D_v]`` in float32 (a transposed view of its columns).
+            A new tensor ``[R, num_heads, D_k, D_v]`` in float32 (a transposed view of its columns).
         """
-        size = self.layout.head_size
-        columns = self.columns[block_ids].flatten(1, 2)[:, : self.layout.num_heads * size]
-        return columns.unflatten(1, (self.layout.num_heads, size)).transpose(-1, -2).float()
+        return self._columns(block_ids, 0, self.layout.head_size).transpose(-1, -2).float()
 
     def scatter(self, block_ids: torch.Tensor, states: torch.Tensor) -> None:
-        """Write whole states, ``[num_requests, num_heads, D_k, D_v]``, to the pages ``[num_requests, num_pages]``."""
+        """Write whole states, ``[R, num_heads, D_k, D_v]``, to the pages ``[R, num_pages]``."""
+        self._set_columns(block_ids, 0, states.transpose(-1, -2))
+
+    def gather_kept(self, block_ids: torch.Tensor) -> torch.Tensor:
+        """Read the kept updates of the same pages, a new tensor ``[R, num_heads, kept, D_v]`` in float32."""
         layout = self.layout
-        columns = states.new_zeros(
-            (len(states), layout.num_pages * layout.columns_per_page, layout.head_size), dtype=layout.dtype
-        )
-        columns[:, : layout.num_heads * layout.head_size] = states.transpose(-1, -2).flatten(1, 2)
-        self.columns[block_ids] = columns.unflatten(1, (layout.num_pages, layout.columns_per_page))
+        return self._columns(block_ids, layout.num_heads * layout.head_size, layout.kept).float()
+
+    def scatter_kept(self, block_ids: torch.Tensor, updates: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write updates where they are kept.
+
+        Args:
+            block_ids: ``[N, num_pages]`` integer page ids, of the state of each update.
+            updates: ``[N, num_heads, D_v]``.
+            rows: ``[N]`` int64, below ``kept``.
+        """
+        layout = self.layout
+        heads = torch.arange(layout.num_heads)
+        columns = layout.num_heads * layout.head_size + heads * layout.kept + rows.unsqueeze(-1)
+        pages = block_ids.gather(1, columns // layout.columns_per_page)
+        self.columns[pages, columns % layout.columns_per_page] = updates.to(layout.dtype)
+
+    def _places(self, block_ids: torch.Tensor, first: int, per_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages ``[R, H * per_head]`` and columns in them ``[H * per_head]``, of all heads' from column ``first`` on."""
+        columns = first + torch.arange(self.layout.num_heads * per_head)
+        return block_ids[:, columns // self.layout.columns_per_page], columns % self.layout.columns_per_page
+
+    def _columns(self, block_ids: torch.Tensor, first: int, per_head: int) -> torch.Tensor:
+        pages, columns = self._places(block_ids, first, per_head)
+        return self.columns[pages, columns].unflatten(1, (self.layout.num_heads, per_head))
+
+    def _set_columns(self, block_ids: torch.Tensor, first: int, columns: torch.Tensor) -> None:
+        pages, places = self._places(block_ids, first, columns.shape[2])
+        self.columns[pages, places] = columns.flatten(1, 2).to(self.layout.dtype)

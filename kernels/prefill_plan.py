@@ -12,16 +12,23 @@ CHUNK_SIZE = 64
 
 @dataclass(frozen=True)
 class Stretch:
-    """The tokens that one request absorbs in this step, one before each of its new tokens that read the memory."""
+    """Tokens that one request absorbs in this step, from one boundary of its state to another.
+
+    Those since the first boundary that earlier steps have absorbed are absorbed again, without a read.
+    """
 
     request: int
     """Its index in the block tables."""
     first_token: int
-    """Index in the batch of its first new token at ``W + S`` or past it; the others follow."""
+    """Index in the batch of its first token that reads; the others follow."""
     first_position: int
-    """Position of that token. At ``W + S`` the state is fresh."""
-    length: int
-    """Tokens that are absorbed, and tokens that read, at least 1."""
+    """Position of that token, at least ``W + S``."""
+    num_reads: int
+    """Tokens that read, at least 1, each after one more token is absorbed."""
+    source: int
+    """The boundary whose state is read; up to ``W + S`` it is fresh."""
+    target: int
+    """The boundary whose state is written: the position after the last token that reads."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What both wings do with a step's batch before they plan it: sort its requests, and cut its queries into spans.
 
 A step gives every request some new tokens. Requests that still fit ``W + S`` need plain causal attention. The others
-are beyond the window, wholly or in part; they fall into
+are beyond the window, wholly or in part, and their queries there read the memory. They fall into
 
-* **decodes**: one new token, beyond ``W + S``.
-* **chunks**: several new tokens, the last of them beyond ``W + S``.
+* **steps**: few queries that read, at most `GRANULARITY`. They take the state as it is settled and make up the rest.
+* **chunks**: more. Tokens are absorbed many at a time, up to the last boundary that has to be written; the queries
+  behind it are a step of their own.
 
 Everything is decided by position. What a block table holds below the window, or behind a request's end, is other
 requests' business.
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from vllm_ahn.kernels.prefill_plan import Stretch
+from vllm_ahn.kernels.settled import GRANULARITY, Settling
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,7 @@ class StepRequests:
     """``[num_requests + 1]``, where the requests' new tokens begin in the batch."""
     seq_lens: np.ndarray
     """``[num_requests]``, their tokens, with the new ones."""
-    capacity: int
-    """``W + S``."""
+    settling: Settling
 
     @cached_property
     def query_lens(self) -> np.ndarray:
@@ -37,29 +38,51 @@ class StepRequests:
         return np.diff(self.starts)
 
     @cached_property
+    def num_reads(self) -> np.ndarray:
+        """``[num_requests]``, queries beyond ``W + S``."""
+        return np.clip(self.seq_lens - self.settling.capacity, 0, self.query_lens)
+
+    @cached_property
     def beyond_window(self) -> np.ndarray:
         """``[num_requests]`` bool: the last token is beyond ``W + S``."""
-        return (self.seq_lens > self.capacity) & (self.query_lens > 0)
+        return self.num_reads > 0
 
     @cached_property
-    def decodes(self) -> np.ndarray:
-        """``[num_requests]`` bool."""
-        return self.beyond_window & (self.query_lens == 1)
+    def passes(self) -> list[list[Stretch]]:
+        """What chunks absorb before their last queries step: pass by pass, as a request's later one needs its earlier.
 
-    @cached_property
-    def chunks(self) -> np.ndarray:
-        """``[num_requests]`` bool."""
-        return self.beyond_window & (self.query_lens > 1)
+        A boundary ends each stretch, and its state is written. There is seldom more than one pass: a chunk that ends
+        at a block's end, or blocks longer than the granularity, have more boundaries to write.
+        """
+        passes: list[list[Stretch]] = []
+        for request in (self.num_reads > GRANULARITY).nonzero()[0].tolist():
+            for index, stretch in enumerate(self._stretches(request)):
+                if index == len(passes):
+                    passes.append([])
+                passes[index].append(stretch)
+        return passes
 
-    def stretches(self) -> list[Stretch]:
-        """What each chunk absorbs: as many tokens as it has beyond ``W + S``."""
-        stretches = []
-        for request in self.chunks.nonzero()[0].tolist():
-            end, seq_len = int(self.starts[request + 1]), int(self.seq_lens[request])
-            first_position = max(seq_len - int(self.query_lens[request]), self.capacity)
-            num_reads = seq_len - first_position
-            stretches.append(Stretch(request, end - num_reads, first_position, num_reads))
+    def _stretches(self, request: int) -> list[Stretch]:
+        settling, seq_len = self.settling, int(self.seq_lens[request])
+        num_computed = seq_len - int(self.query_lens[request])
+        targets = settling.targets(num_computed, seq_len)
+        if len(targets) > 1 and seq_len - targets[-2] <= GRANULARITY:
+            del targets[-1]  # the step comes to it
+        stretches, source, position = [], settling.boundary(num_computed), max(num_computed, settling.capacity)
+        for target in targets:
+            first_token = int(self.starts[request + 1]) - (seq_len - position)
+            stretches.append(Stretch(request, first_token, position, target - position, source, target))
+            source = position = target
         return stretches
+
+    @cached_property
+    def num_steps(self) -> np.ndarray:
+        """``[num_requests]``, queries that step, the last of the request's; at most `GRANULARITY`."""
+        num_steps = self.num_reads.copy()
+        for stretches in self.passes:
+            for stretch in stretches:
+                num_steps[stretch.request] = self.seq_lens[stretch.request] - stretch.target
+        return num_steps
 
 
 @dataclass

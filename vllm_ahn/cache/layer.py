@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
+from vllm_ahn.kernels.settled import GRANULARITY, Settling
 from vllm_ahn.memory.spec import MEMORIES
 
 
@@ -40,8 +41,23 @@ def window_layout(config: AHNConfig, sizes: LayerSizes, block_size: int, dtype: 
 
 
 def state_layout(config: AHNConfig, sizes: LayerSizes, page_bytes: int) -> StatePageLayout:
-    """Pages of the compressed memory, as large as those of the lossless one, in the dtype that `config` says."""
-    return StatePageLayout(sizes.num_heads, sizes.head_size, page_bytes, getattr(torch, config.state_dtype))
+    """Pages of the compressed memory, as large as those of the lossless one, in the dtype that `config` says.
+
+    Without the delta rule an update is a token's value times its rate, both of which are in the window's pages.
+    """
+    kept = GRANULARITY if config.memory is not None and MEMORIES[config.memory].delta else 0
+    return StatePageLayout(sizes.num_heads, sizes.head_size, page_bytes, getattr(torch, config.state_dtype), kept)
+
+
+def settling(config: AHNConfig, *, block_size: int, vllm_config: VllmConfig) -> Settling:
+    """When and where states are settled in this process's engine."""
+    return Settling.of(
+        config.window,
+        config.sinks,
+        block_size=block_size,
+        caches_prefixes=bool(vllm_config.cache_config.enable_prefix_caching),
+        speculates=bool(vllm_config.num_speculative_tokens),
+    )
 
 
 def layer_specs(
@@ -54,17 +70,18 @@ def layer_specs(
         sizes: heads on this rank.
         block_size: tokens in a block.
         dtype: of keys, values and gates.
-        vllm_config: only ``max_in_flight_tokens`` is read.
+        vllm_config: says how many tokens may be in flight, and whether prefixes are cached and drafts made.
     """
     layout = window_layout(config, sizes, block_size, dtype)
+    rule = settling(config, block_size=block_size, vllm_config=vllm_config)
     window = window_spec(
         layout,
-        window=config.window,
-        sinks=config.sinks,
+        rule,
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         retain_all=bool(config.full_attention_layers),
     )
     if config.memory is None:
         return window, None
-    states = state_layout(config, sizes, layout.page_bytes)
-    return window, state_spec(states, block_size=block_size, dtype=dtype, capacity=config.capacity)
+    return window, state_spec(
+        state_layout(config, sizes, layout.page_bytes), rule, block_size=block_size, dtype=dtype
+    )

@@ -13,6 +13,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
+from vllm_ahn.kernels.settled import Settling
 
 
 class _OwnGroup(AttentionSpec):
@@ -26,19 +27,27 @@ class _OwnGroup(AttentionSpec):
 class AHNWindowSpec(_OwnGroup):
     """Pages of the lossless memory: sinks, window, and what is in flight."""
 
-    window: int
-    """``W``: tokens that a query sees, itself included, besides the sinks."""
-    sinks: int
-    """``S``: first tokens of a sequence, always seen and never absorbed."""
+    settling: Settling
+    """``W`` and ``S``, and how far the state lags behind."""
     max_in_flight_tokens: int
     """Most tokens of one request that are scheduled but not yet settled; their blocks cannot be given back."""
     retain_all: bool = False
     """Keep every block, for models in which some layers are plain full attention."""
 
     @property
+    def window(self) -> int:
+        """``W``."""
+        return self.settling.window
+
+    @property
+    def sinks(self) -> int:
+        """``S``."""
+        return self.settling.sinks
+
+    @property
     def capacity(self) -> int:
-        """Tokens that a sequence may have before the compressed memory is used."""
-        return self.window + self.sinks
+        """``W + S``."""
+        return self.settling.capacity
 
     @property
     def sink_blocks(self) -> int:
@@ -48,10 +57,14 @@ class AHNWindowSpec(_OwnGroup):
     def first_kept_block(self, num_settled_tokens: int) -> int:
         """First block of the window, once so many tokens are computed and no step that began with fewer is in flight.
 
-        Blocks between the sinks' and this one lie wholly inside ``[S, n - W)`` and are given back. Token ``n - W``
-        itself is still needed: the next step absorbs it.
+        Blocks between the sinks' and this one lie wholly inside what the state in the pages has absorbed, and are given
+        back. The tokens since its boundary are needed again in every step up to the next.
         """
-        return 0 if self.retain_all else max(0, num_settled_tokens - self.window) // self.block_size
+        if self.retain_all:
+            return 0
+        # Of the boundary at the end of a block, the last that a hit in the prefix cache can resume from.
+        boundary = self.settling.boundary(num_settled_tokens) // self.block_size * self.block_size
+        return max(0, boundary - self.window) // self.block_size
 
     def num_held_blocks(self, num_tokens: int, num_settled_tokens: int) -> int:
         """Blocks of a request that has ``num_tokens``, in flight or settled, when blocks were last given back."""
@@ -70,13 +83,14 @@ class AHNWindowSpec(_OwnGroup):
     def max_admission_blocks_per_request(self, max_model_len: int) -> int:
         """Most blocks one request ever holds.
 
-        Between two steps it keeps the blocks of the sinks and of the last ``W`` tokens, the oldest of which is absorbed
-        next; during a step the tokens in flight are added. The window starts anywhere in a block, hence one more.
+        Between two steps it keeps the blocks of the sinks, those of the ``W`` tokens before the end of its last whole
+        block, and the tokens behind that; during a step those in flight are added.
         """
         all_blocks = cdiv(max_model_len, self.block_size)
         if self.retain_all:
             return all_blocks
-        moving = cdiv(self.window + self.max_in_flight_tokens, self.block_size) + 1
+        behind = self.block_size - 1 + self.max_in_flight_tokens
+        moving = cdiv(self.window, self.block_size) + cdiv(behind, self.block_size)
         return min(self.sink_blocks + moving, all_blocks)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -87,10 +101,20 @@ class AHNWindowSpec(_OwnGroup):
 class AHNStateSpec(_OwnGroup):
     """Pages of the compressed memory, taken only once a request outgrows the lossless one."""
 
-    capacity: int
-    """``W + S``: a request with more tokens than this has a state."""
+    settling: Settling
+    """Says from when on a request has a state, and how many slots it takes."""
     num_pages: int
-    """Pages of one state."""
+    """Pages of one slot."""
+
+    @property
+    def capacity(self) -> int:
+        """``W + S``: a request with more tokens than this has a state."""
+        return self.settling.capacity
+
+    @property
+    def pages_per_request(self) -> int:
+        """Pages of all slots of a request."""
+        return self.settling.num_slots * self.num_pages
 
     @property
     def prefix_cacheable(self) -> bool:
@@ -102,7 +126,7 @@ class AHNStateSpec(_OwnGroup):
 
     def num_held_blocks(self, num_tokens: int) -> int:
         """Pages of a request with ``num_tokens``, in flight or settled."""
-        return self.num_pages if num_tokens > self.capacity else 0
+        return self.pages_per_request if num_tokens > self.capacity else 0
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return self.num_held_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
@@ -110,11 +134,11 @@ class AHNStateSpec(_OwnGroup):
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # The V1 model runner computes a slot mapping for every attention group, this one included, and indexes its
         # block table by position: the row must be as wide as the window group's for that to stay in bounds.
-        return max(super().max_num_blocks_per_req(vllm_config, max_len), self.num_pages)
+        return max(super().max_num_blocks_per_req(vllm_config, max_len), self.pages_per_request)
 
 
 def window_spec(
-    layout: WindowPageLayout, *, window: int, sinks: int, max_in_flight_tokens: int = 0, retain_all: bool = False
+    layout: WindowPageLayout, settling: Settling, *, max_in_flight_tokens: int = 0, retain_all: bool = False
 ) -> AHNWindowSpec:
     """The spec of a layer's lossless memory."""
     return AHNWindowSpec(
@@ -124,14 +148,13 @@ def window_spec(
         dtype=layout.dtype,
         state_content_bytes=layout.content_bytes,
         dcp_sharded=False,
-        window=window,
-        sinks=sinks,
+        settling=settling,
         max_in_flight_tokens=max_in_flight_tokens,
         retain_all=retain_all,
     )
 
 
-def state_spec(layout: StatePageLayout, *, block_size: int, dtype: torch.dtype, capacity: int) -> AHNStateSpec:
+def state_spec(layout: StatePageLayout, settling: Settling, *, block_size: int, dtype: torch.dtype) -> AHNStateSpec:
     """The spec of a layer's compressed memory, on pages of ``layout.page_bytes``.
 
     ``dtype`` is the window pages' dtype, not the state's: vLLM would zero new blocks of a cache with two dtypes, which
@@ -147,6 +170,6 @@ def state_spec(layout: StatePageLayout, *, block_size: int, dtype: torch.dtype, 
         dtype=dtype,
         state_content_bytes=content_bytes,
         dcp_sharded=False,
-        capacity=capacity,
+        settling=settling,
         num_pages=layout.num_pages,
     )

@@ -92,7 +92,7 @@ class CPUPlanner:
         """Plan a step; ``common`` is the window group's, its tensors live on the CPU."""
         assert not for_capture
         spec = self.spec
-        requests = StepRequests(common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(), spec.capacity)
+        requests = StepRequests(common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(), spec.settling)
         slot_mapping = common.slot_mapping[: common.num_actual_tokens]
         blocks, offsets = slot_mapping // spec.block_size, slot_mapping % spec.block_size
         any_beyond = bool(requests.beyond_window.any())
