@@ -223,7 +223,7 @@ class StatePages:
         self.columns[pages, columns % layout.columns_per_page] = updates.to(layout.dtype)
 
     def _places(self, block_ids: torch.Tensor, first: int, per_head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages ``[R, H * per_head]`` and columns in them ``[H * per_head]``, of all heads' from column ``first`` on."""
+        """Pages ``[R, H * per_head]`` and columns in them ``[H * per_head]``, from column ``first`` on."""
         columns = first + torch.arange(self.layout.num_heads * per_head)
         return block_ids[:, columns // self.layout.columns_per_page], columns % self.layout.columns_per_page
 

@@ -82,6 +82,4 @@ def layer_specs(
     )
     if config.memory is None:
         return window, None
-    return window, state_spec(
-        state_layout(config, sizes, layout.page_bytes), rule, block_size=block_size, dtype=dtype
-    )
+    return window, state_spec(state_layout(config, sizes, layout.page_bytes), rule, block_size=block_size, dtype=dtype)

@@ -13,6 +13,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from vllm_ahn.kernels.recurrence.gates import decay_and_rate
 from vllm_ahn.memory.spec import NORM_EPS, MemorySpec
 
 _PARAMETERS = {"o_proj.weight": "out_proj.weight", "q_proj.weight": "query_proj.weight"}
@@ -83,10 +84,7 @@ class Memory(nn.Module, ABC):
         Returns:
             ``g`` and ``b``, ``[..., num_heads]`` float32 each; ``g <= 0``.
         """
-        b = gates[..., -1]
-        if self.spec.keeps_decay:
-            return gates[..., 0], b
-        return (-self.A_log.exp() * b if self.spec.decay_from_rate else torch.zeros_like(b)), b
+        return decay_and_rate(self.spec, gates, self.decay_of_rate)
 
     def normalise(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Norm and gate of what was read: ``rmsnorm(o) silu(z)``, or ``rmsnorm(o silu(z))`` over all heads at once.

@@ -10,11 +10,14 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_ahn.attention.core import Layer, LayerInputs
-from vllm_ahn.attention.cpu.plan import Chunk, CPUPlan, CPUPlanner, Decodes
+from vllm_ahn.attention.cpu.plan import CPUPlan, CPUPlanner, Pass
 from vllm_ahn.attention.paged.cpu import CPUAttention, attention_isa
 from vllm_ahn.cache.specs import AHNWindowSpec
-from vllm_ahn.kernels import chunk_recurrence, l2_normalize, recurrent_step
+from vllm_ahn.kernels import chunk_recurrence, l2_normalize
 from vllm_ahn.kernels.pages import StatePages, WindowPages
+from vllm_ahn.kernels.recurrence.absorbed import Absorbed
+from vllm_ahn.kernels.recurrence.settled import absorb_and_read_steps
+from vllm_ahn.kernels.settled import Settling
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
 
@@ -46,20 +49,27 @@ class CPUCore:
             return
         for spans in plan.windowed:
             plan.attention.attend(pages, query, output, spans, layer.scale)
-        if memory is None or (plan.decodes is None and not plan.chunks):
+        if memory is None or not (plan.passes or plan.steps):
             return
 
         z = inputs.z
         assert layer.state is not None and layer.state.pages is not None and state_table is not None and z is not None
-        where = (memory, pages, layer.state.pages, state_table, inputs.memory_query)
-        if (decodes := plan.decodes) is not None:
-            o = absorb_and_read_decodes(*where, decodes)
-            m = contribution(memory, layer.router, o, z[decodes.tokens], decodes.positions, plan.spec)
-            output[decodes.tokens] += m
-        for chunk in plan.chunks:
-            o = absorb_and_read_chunk(*where, chunk)
-            m = contribution(memory, layer.router, o, z[chunk.tokens], chunk.positions(), plan.spec)
-            output[chunk.tokens] += m
+        where = (inputs.memory_query, pages, plan.block_table, layer.state.pages, state_table)
+        for each in plan.passes:
+            o = absorb_and_read_pass(*where, each, memory=memory, settling=plan.spec.settling)
+            m = contribution(memory, layer.router, o, z[each.tokens], each.positions, plan.spec)
+            output[each.tokens] += m
+        if (steps := plan.steps) is not None:
+            o = absorb_and_read_steps(
+                *where,
+                steps,
+                memory=memory.spec,
+                settling=plan.spec.settling,
+                scale=memory.scale,
+                A_log=memory.decay_of_rate,
+            )
+            m = contribution(memory, layer.router, o, z[steps.tokens], steps.positions, plan.spec)
+            output[steps.tokens] += m
 
 
 def write_pages(
@@ -85,76 +95,44 @@ def write_pages(
         pages.gates[plan.blocks, :, plan.offsets] = by_kv_head
 
 
-def absorb_and_read_chunk(
-    memory: Memory,
+def absorb_and_read_pass(
+    query: torch.Tensor,
     window_pages: WindowPages,
+    window_table: torch.Tensor,
     state_pages: StatePages,
     state_table: torch.Tensor,
-    query: torch.Tensor,
-    chunk: Chunk,
+    stretches: Pass,
+    *,
+    memory: Memory,
+    settling: Settling,
 ) -> torch.Tensor:
-    """Absorb what a chunk evicts, one token before each of its reads.
+    """Absorb stretches from one boundary of each state to another, and read after each token that has a query.
 
     Args:
-        memory: the layer's memory.
-        window_pages: pages that hold the evicted tokens.
-        state_pages: pages of the states.
-        state_table: ``[num_requests, >= num_pages]``, the state group's block table.
         query: ``[num_tokens, num_heads, head_size]``, the batch's memory queries.
-        chunk: the request.
+        window_pages: pages that hold the absorbed tokens.
+        window_table: ``[num_requests, width]`` int32, the window group's block table.
+        state_pages: pages of the states, updated.
+        state_table: ``[num_requests, >= num_slots * num_pages]`` int32, the state group's block table.
+        stretches: which.
+        memory: the layer's memory.
+        settling: the rule of boundaries and slots.
 
     Returns:
-        ``o [num_reads, num_heads, head_size]`` float32, before norm and gate.
+        ``o [N, num_heads, head_size]`` float32, before norm and gate, in the order of ``stretches.tokens``.
     """
-    num_reads = chunk.stretch.length
-    tokens = slice(chunk.evicted_offset, chunk.evicted_offset + num_reads)
-    blocks = chunk.evicted_blocks
-    keys = window_pages.keys_transposed[blocks].permute(0, 3, 1, 2).flatten(0, 1)[tokens]
-    values = window_pages.values[blocks].transpose(1, 2).flatten(0, 1)[tokens]
-    gates = window_pages.gates[blocks].transpose(1, 2).flatten(0, 1)[tokens]
-    g, b = memory.decay_and_rate(gates.float().reshape(num_reads, memory.num_heads, memory.spec.num_gates))
-    page_ids = state_table[chunk.stretch.request, : state_pages.layout.num_pages].long().unsqueeze(0)
-    o, state = chunk_recurrence(
-        l2_normalize(query[chunk.tokens]).unsqueeze(0),
-        l2_normalize(keys).unsqueeze(0),
-        values.unsqueeze(0),
-        g.unsqueeze(0),
-        b.unsqueeze(0),
-        memory.scale,
-        memory.spec.delta,
-        None if chunk.fresh else state_pages.gather(page_ids),
-    )
-    state_pages.scatter(page_ids, state)
-    return o.squeeze(0)
-
-
-def absorb_and_read_decodes(
-    memory: Memory,
-    window_pages: WindowPages,
-    state_pages: StatePages,
-    state_table: torch.Tensor,
-    query: torch.Tensor,
-    decodes: Decodes,
-) -> torch.Tensor:
-    """Absorb one token of each request, then read; the batched form of :func:`absorb_and_read_chunk`.
-
-    Returns:
-        ``o [R, num_heads, head_size]`` float32, before norm and gate.
-    """
-    where = (decodes.evicted_blocks, slice(None))
-    keys = window_pages.keys_transposed[(*where, slice(None), decodes.evicted_offsets)]
-    values = window_pages.values[(*where, decodes.evicted_offsets)]
-    gates = window_pages.gates[(*where, decodes.evicted_offsets)]
-    g, b = memory.decay_and_rate(gates.float().reshape(len(gates), memory.num_heads, memory.spec.num_gates))
-    page_ids = state_table[decodes.requests, : state_pages.layout.num_pages].long()
-    state = state_pages.gather(page_ids)
-    # What the pages of a new state held before is not zero times anything: it may be NaN.
-    state.masked_fill_(decodes.fresh[:, None, None, None], 0.0)
-    o, state = recurrent_step(
-        l2_normalize(query[decodes.tokens]), l2_normalize(keys), values, g, b, memory.scale, memory.spec.delta, state
-    )
-    state_pages.scatter(page_ids, state)
-    return o
+    tables, slots = window_table[stretches.requests], state_table[stretches.requests]
+    tokens = Absorbed.read(window_pages, tables, stretches.absorbed, stretches.valid, memory.spec, memory.decay_of_rate)
+    q = query.new_zeros((*stretches.valid.shape, *query.shape[1:]), dtype=torch.float32)
+    q[stretches.owners, stretches.within] = l2_normalize(query[stretches.tokens])
+    state = None
+    if not stretches.fresh.all():
+        state = state_pages.gather(state_pages.slots(slots, settling.slot(stretches.sources)))
+        # What the pages of a fresh state held before is not zero times anything: it may be NaN.
+        state.masked_fill_(stretches.fresh[:, None, None, None], 0.0)
+    o, state = chunk_recurrence(q, tokens.k, tokens.v, tokens.g, tokens.b, memory.scale, memory.spec.delta, state)
+    state_pages.scatter(state_pages.slots(slots, settling.slot(stretches.targets)), state)
+    return o[stretches.owners, stretches.within]
 
 
 def contribution(

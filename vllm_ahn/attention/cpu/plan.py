@@ -1,6 +1,6 @@
 """What a step's batch asks of AHN layers on a CPU, worked out once for all layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,46 +12,63 @@ from vllm_ahn.attention.plan import AttentionSpans, StepRequests, cut_into_spans
 from vllm_ahn.attention.window import compact_tables, span_limits
 from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.kernels.prefill_plan import Stretch
+from vllm_ahn.kernels.settled import Settling
+from vllm_ahn.kernels.steps import Steps
+
+PADDED_READS = 64
+"""Stretches are absorbed together if the longest has at most so many reads more than the shortest, and a quarter."""
 
 
 @dataclass
-class Decodes:
-    """One new token each of ``R`` requests, all beyond ``W + S``: each absorbs one token and reads."""
+class Pass:
+    """Stretches that are absorbed together, many tokens at a time; those that are none are at the end of each."""
 
-    tokens: torch.Tensor
-    """``[R]`` int64, where in the batch they are."""
+    stretches: list[Stretch]
+    """``R`` of them, of similar length."""
     requests: torch.Tensor
     """``[R]`` int64, their rows in the block tables."""
-    positions: torch.Tensor
-    """``[R]`` int64, ``t``."""
+    sources: torch.Tensor
+    targets: torch.Tensor
+    """``[R]`` int64 each, the boundaries whose states are read and written."""
     fresh: torch.Tensor
-    """``[R]`` bool: ``t = W + S``, the state is zero and its pages hold nothing yet."""
-    evicted_blocks: torch.Tensor
-    evicted_offsets: torch.Tensor
-    """``[R]`` int64 each: where token ``t - W`` lies."""
+    """``[R]`` bool: no token was absorbed before, and the pages of the state hold nothing yet."""
+    absorbed: torch.Tensor
+    """``[R, T]`` int64, positions of the absorbed tokens."""
+    valid: torch.Tensor
+    """``[R, T]`` bool."""
+    owners: torch.Tensor
+    within: torch.Tensor
+    """``[N]`` int64 each: the stretch of a query that reads, and the absorbed token after which it does."""
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    """``[N]`` int64 each: where in the batch, and at what position of its request the query is."""
 
+    @classmethod
+    def of(cls, stretches: list[Stretch], settling: Settling) -> "Pass":
+        """Lay stretches out."""
 
-@dataclass
-class Chunk:
-    """Several new tokens of one request, the last of them beyond ``W + S``."""
+        def field(name: str) -> torch.Tensor:
+            return torch.tensor([getattr(stretch, name) for stretch in stretches])
 
-    stretch: Stretch
-    """What it absorbs, and the tokens that read after it."""
-    fresh: bool
-    """No token was absorbed before this step: the state is zero and its pages hold nothing yet."""
-    evicted_blocks: torch.Tensor
-    """``[num_blocks]`` int64, the blocks of the absorbed tokens."""
-    evicted_offset: int
-    """Offset of the first of them in the first block."""
-
-    @property
-    def tokens(self) -> slice:
-        """The reading tokens in the batch."""
-        return slice(self.stretch.first_token, self.stretch.first_token + self.stretch.length)
-
-    def positions(self) -> torch.Tensor:
-        """``[length]`` int64, positions of the reading tokens."""
-        return self.stretch.first_position + torch.arange(self.stretch.length)
+        sources, targets = field("source"), field("target")
+        first, reads, first_position = settling.absorbed(sources), field("num_reads"), field("first_position")
+        lengths = targets - settling.window - first
+        places = torch.arange(int(lengths.max()))
+        owners = torch.arange(len(stretches)).repeat_interleave(reads)
+        index = torch.arange(len(owners)) - (reads.cumsum(0) - reads)[owners]
+        return cls(
+            stretches,
+            requests=field("request"),
+            sources=sources,
+            targets=targets,
+            fresh=first == settling.sinks,
+            absorbed=first.unsqueeze(-1) + places,
+            valid=places < lengths.unsqueeze(-1),
+            owners=owners,
+            within=(lengths - reads)[owners] + index,
+            tokens=field("first_token")[owners] + index,
+            positions=first_position[owners] + index,
+        )
 
 
 @dataclass
@@ -60,6 +77,8 @@ class CPUPlan:
 
     spec: AHNWindowSpec
     num_tokens: int
+    block_table: torch.Tensor
+    """``[num_requests, width]`` int32, the window group's."""
     slot_mapping: torch.Tensor
     """``[num_tokens]`` int64, where the new tokens' keys, values and gates go."""
     blocks: torch.Tensor
@@ -72,8 +91,10 @@ class CPUPlan:
     """Plain causal attention of all requests, where a layer wants it."""
     windowed: list[AttentionSpans]
     """Sinks and window of all requests."""
-    decodes: Decodes | None = None
-    chunks: list[Chunk] = field(default_factory=list)
+    passes: list[Pass]
+    """What chunks absorb, one after another."""
+    steps: Steps | None
+    """The queries that step after that; None if there are none."""
 
 
 class CPUPlanner:
@@ -105,6 +126,7 @@ class CPUPlanner:
         return CPUPlan(
             spec=spec,
             num_tokens=common.num_actual_tokens,
+            block_table=common.block_table_tensor,
             slot_mapping=slot_mapping,
             blocks=blocks,
             offsets=offsets,
@@ -112,8 +134,12 @@ class CPUPlanner:
             attention=self.attention,
             causal=causal,
             windowed=windowed,
-            decodes=self._decodes(common, requests) if requests.decodes.any() else None,
-            chunks=[self._chunk(common, stretch) for stretch in requests.stretches()],
+            passes=[
+                Pass.of(similar, spec.settling)
+                for stretches in requests.passes
+                for similar in _of_similar_length(stretches)
+            ],
+            steps=_steps(requests),
         )
 
     def _partly_new_blocks(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor | None:
@@ -146,7 +172,8 @@ class CPUPlanner:
         # Keys are gathered under a mask, which is slower: only for those that need it, and decodes as one batch.
         within = ((requests.query_lens > 0) & ~requests.beyond_window).nonzero()[0]
         groups = [self._causal(common, within)] if len(within) else []
-        for some in (requests.decodes, requests.chunks):
+        single = requests.query_lens == 1
+        for some in (requests.beyond_window & single, requests.beyond_window & ~single):
             if some.any():
                 groups.append(self._compact(common, requests, some))
         return groups
@@ -182,31 +209,29 @@ class CPUPlanner:
         self.attention.schedule(spans)
         return spans
 
-    def _decodes(self, common: CommonAttentionMetadata, requests: StepRequests) -> Decodes:
-        spec = self.spec
-        owners = torch.from_numpy(requests.decodes.nonzero()[0])
-        positions = common.seq_lens[owners].long() - 1
-        evicted = positions - spec.window
-        tables = common.block_table_tensor[owners].long()
-        return Decodes(
-            tokens=common.query_start_loc_cpu[owners].long(),
-            requests=owners,
-            positions=positions,
-            fresh=positions == spec.capacity,
-            evicted_blocks=tables.gather(1, (evicted // spec.block_size).unsqueeze(-1)).squeeze(-1),
-            evicted_offsets=evicted % spec.block_size,
-        )
 
-    def _chunk(self, common: CommonAttentionMetadata, stretch: Stretch) -> Chunk:
-        spec = self.spec
-        first = stretch.first_position - spec.window
-        blocks = slice(first // spec.block_size, (first + stretch.length - 1) // spec.block_size + 1)
-        return Chunk(
-            stretch,
-            fresh=stretch.first_position == spec.capacity,
-            evicted_blocks=common.block_table_tensor[stretch.request, blocks].long(),
-            evicted_offset=first % spec.block_size,
-        )
+def _steps(requests: StepRequests) -> Steps | None:
+    """The last queries of each request, as many as step."""
+    stepping = requests.num_steps.nonzero()[0]
+    if not len(stepping):
+        return None
+    lens = torch.from_numpy(requests.num_steps[stepping]).long()
+    return Steps(
+        requests=torch.from_numpy(stepping),
+        first_tokens=torch.from_numpy(requests.starts[stepping + 1]).long() - lens,
+        lens=lens,
+        computed=torch.from_numpy(requests.seq_lens[stepping]).long() - lens,
+    )
+
+
+def _of_similar_length(stretches: list[Stretch]) -> list[list[Stretch]]:
+    """Cut what is absorbed together such that it is not mostly padding."""
+    groups: list[list[Stretch]] = []
+    for stretch in sorted(stretches, key=lambda stretch: stretch.num_reads):
+        if not groups or stretch.num_reads > PADDED_READS + groups[-1][0].num_reads * 5 // 4:
+            groups.append([])
+        groups[-1].append(stretch)
+    return groups
 
 
 def _select(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
