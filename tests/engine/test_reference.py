@@ -126,9 +126,10 @@ def test_a_state_in_bfloat16(memory: str, tmp_path: Path, monkeypatch: pytest.Mo
             errors[recurrence, len(prompt)] = float((logits - expected).abs().max())
     for length in (20, 24):
         # All that is absorbed is absorbed by decodes. The reference rounds where they do, but for an element now and
-        # then that lies halfway between two values of bfloat16; without rounding it is far off.
+        # then that lies halfway between two values of bfloat16.
         assert errors["bfloat16", length] < 5e-3, errors
-        assert errors["naive", length] > 3 * errors["bfloat16", length], errors
+    # The longer of them comes past a boundary; without rounding the reference is far off.
+    assert errors["naive", 24] > 3 * errors["bfloat16", 24], errors
     # A chunk rounds at its end alone. Elements are off by at most 2^-9 of themselves each time; logits, whose standard
     # deviation is 1.7, by some hundredths.
     assert errors["naive", 150] < 0.1, errors
