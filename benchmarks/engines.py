@@ -157,7 +157,7 @@ class Engine:
             replace_dummy_weights(seed)
         # A cached prefix would answer a repetition without computing it.
         fixed = {"enable_prefix_caching": False, "skip_tokenizer_init": True, "distributed_executor_backend": "uni"}
-        self.llm = LLM(**fixed, **arguments)
+        self.llm = LLM(**(fixed | arguments))
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.held: list[str] = []

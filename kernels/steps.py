@@ -23,6 +23,11 @@ class Steps:
     computed: torch.Tensor
 
     @cached_property
+    def first_reads(self) -> torch.Tensor:
+        """``[R]`` int64, where among the ``N`` queries of all requests theirs begin."""
+        return self.lens.cumsum(0) - self.lens
+
+    @cached_property
     def owners(self) -> torch.Tensor:
         """``[N]`` int64, which of the ``R`` a query belongs to."""
         return torch.arange(len(self.lens)).repeat_interleave(self.lens)
@@ -30,7 +35,7 @@ class Steps:
     @cached_property
     def within(self) -> torch.Tensor:
         """``[N]`` int64, its number among the queries of its request."""
-        return torch.arange(len(self.owners)) - (self.lens.cumsum(0) - self.lens)[self.owners]
+        return torch.arange(len(self.owners)) - self.first_reads[self.owners]
 
     @cached_property
     def tokens(self) -> torch.Tensor:

@@ -36,12 +36,13 @@ class Pass:
     """``[R, T]`` int64, positions of the absorbed tokens."""
     valid: torch.Tensor
     """``[R, T]`` bool."""
-    owners: torch.Tensor
-    within: torch.Tensor
-    """``[N]`` int64 each: the stretch of a query that reads, and the absorbed token after which it does."""
-    tokens: torch.Tensor
+    rows: torch.Tensor | slice
+    """``[N]`` int64, the place in ``[R * T]`` of the absorbed token after which a query reads. A slice where one will
+    do, since that copies nothing."""
+    tokens: torch.Tensor | slice
+    """``[N]`` int64, where in the batch the queries are; likewise."""
     positions: torch.Tensor
-    """``[N]`` int64 each: where in the batch, and at what position of its request the query is."""
+    """``[N]`` int64, their positions in their requests."""
 
     @classmethod
     def of(cls, stretches: list[Stretch], settling: Settling) -> "Pass":
@@ -56,6 +57,8 @@ class Pass:
         places = torch.arange(int(lengths.max()))
         owners = torch.arange(len(stretches)).repeat_interleave(reads)
         index = torch.arange(len(owners)) - (reads.cumsum(0) - reads)[owners]
+        rows = owners * len(places) + (lengths - reads)[owners] + index
+        tokens = field("first_token")[owners] + index
         return cls(
             stretches,
             requests=field("request"),
@@ -64,9 +67,8 @@ class Pass:
             fresh=first == settling.sinks,
             absorbed=first.unsqueeze(-1) + places,
             valid=places < lengths.unsqueeze(-1),
-            owners=owners,
-            within=(lengths - reads)[owners] + index,
-            tokens=field("first_token")[owners] + index,
+            rows=_as_slice(rows) if len(stretches) == 1 else rows,
+            tokens=_as_slice(tokens) if len(stretches) == 1 else tokens,
             positions=first_position[owners] + index,
         )
 
@@ -222,6 +224,10 @@ def _steps(requests: StepRequests) -> Steps | None:
         lens=lens,
         computed=torch.from_numpy(requests.seq_lens[stepping]).long() - lens,
     )
+
+
+def _as_slice(consecutive: torch.Tensor) -> slice:
+    return slice(int(consecutive[0]), int(consecutive[-1]) + 1)
 
 
 def _of_similar_length(stretches: list[Stretch]) -> list[list[Stretch]]:
