@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t G = 16;           // tokens between boundaries, GRANULARITY
 constexpr int64_t TOKENS = 2 * G;   // pending and new ones of a step, at most
 constexpr int64_t LARGEST = 256;    // head size
-constexpr int64_t AHEAD = 12;       // columns: a page holds few, and the hardware's prefetcher starts anew on each
+constexpr int64_t AHEAD = 16;       // columns: a page holds few, and the hardware's prefetcher starts anew on each
 constexpr float L2_EPS = 1e-6f;     // as norm.py
 constexpr float NORM_EPS = 1e-5f;   // as memory/spec.py
 
@@ -248,37 +248,40 @@ void step(const Arguments& a, int64_t index, int64_t kv_head, int64_t first_head
     }
 
     // What keys and queries see of the settled state, which is read once.
-    from.list(head * n, n, columns);
-    for (int64_t j = n; j < n + AHEAD; j++) columns[j] = columns[n - 1];
+    const int64_t listed = std::min(n + AHEAD, a.heads * (n + a.kept) - head * n);
+    from.list(head * n, listed, columns);
+    std::fill(columns + listed, columns + n + AHEAD, columns[listed - 1]);
+    const int64_t rows = a.heads * n + head * a.kept;
+    for (int64_t t = 0; t < pending && a.delta; t++) {
+      const S* row = from.at(rows + t);
+      for (int64_t d = 0; d < n; d += 64 / sizeof(S)) __builtin_prefetch(row + d);
+    }
     if (fresh) {
       for (int64_t i = 0; i < num_new; i++)
         std::fill(seen_key[i], seen_key[i] + n, 0.f), std::fill(seen_query[i], seen_query[i] + n, 0.f);
     } else {
-      for (int64_t j = 0; j < n; j++) {
-        for (int64_t d = 0; d < n; d += 64 / sizeof(S)) __builtin_prefetch(columns[j + AHEAD] + d);
-        const S* column = columns[j];
-        if (num_new == 1) {  // as decodes have it
-          const float *key = tokens.keys[pending], *q = query[0];
-          float by_key = 0, by_query = 0;
-#pragma omp simd reduction(+ : by_key, by_query)
+      // Four columns at a time: their sums do not wait for each other.
+      for (int64_t j = 0; j < n; j += 4) {
+        for (int64_t c = 0; c < 4; c++)
+          for (int64_t d = 0; d < n; d += 64 / sizeof(S)) __builtin_prefetch(columns[j + c + AHEAD] + d);
+        const S *x0 = columns[j], *x1 = columns[j + 1], *x2 = columns[j + 2], *x3 = columns[j + 3];
+        for (int64_t i = 0; i < num_new; i++) {
+          const float *key = tokens.keys[pending + i], *q = query[i];
+          float k0 = 0, k1 = 0, k2 = 0, k3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
+#pragma omp simd reduction(+ : k0, k1, k2, k3, q0, q1, q2, q3)
           for (int64_t d = 0; d < n; d++) {
-            const float x = to_float(column[d]);
-            by_key += x * key[d], by_query += x * q[d];
+            const float y0 = to_float(x0[d]), y1 = to_float(x1[d]), y2 = to_float(x2[d]), y3 = to_float(x3[d]);
+            k0 += y0 * key[d], k1 += y1 * key[d], k2 += y2 * key[d], k3 += y3 * key[d];
+            q0 += y0 * q[d], q1 += y1 * q[d], q2 += y2 * q[d], q3 += y3 * q[d];
           }
-          seen_key[0][j] = by_key, seen_query[0][j] = by_query;
-        } else {
-          alignas(64) float x[LARGEST];
-          for (int64_t d = 0; d < n; d++) x[d] = to_float(column[d]);
-          for (int64_t i = 0; i < num_new; i++) {
-            seen_key[i][j] = dot<FIXED>(x, tokens.keys[pending + i], n);
-            seen_query[i][j] = dot<FIXED>(x, query[i], n);
-          }
+          float *by_key = seen_key[i] + j, *by_query = seen_query[i] + j;
+          by_key[0] = k0, by_key[1] = k1, by_key[2] = k2, by_key[3] = k3;
+          by_query[0] = q0, by_query[1] = q1, by_query[2] = q2, by_query[3] = q3;
         }
       }
     }
 
     // Updates of the pending tokens.
-    const int64_t rows = a.heads * n + head * a.kept;
     for (int64_t t = 0; t < pending; t++) {
       if (a.delta) {
         const S* row = from.at(rows + t);

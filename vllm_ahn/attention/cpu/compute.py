@@ -1,11 +1,16 @@
 """An AHN layer on the CPU: write the pages, attend, absorb, read, add.
 
-Plain torch, batched over requests and chunk-parallel over tokens. Attention is vLLM's own paged kernel, beyond the
+Chunks in plain torch, batched over requests and chunk-parallel over tokens; steps in a kernel that is compiled for this
+CPU, or in plain torch where there is no compiler. Attention is vLLM's own paged kernel, beyond the
 window too wherever sinks and window fill blocks.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport
 
@@ -15,11 +20,16 @@ from vllm_ahn.attention.paged.cpu import CPUAttention, attention_isa
 from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize
 from vllm_ahn.kernels.pages import StatePages, WindowPages
+from vllm_ahn.kernels.recurrence import settled as torch_form
 from vllm_ahn.kernels.recurrence.absorbed import Absorbed
-from vllm_ahn.kernels.recurrence.settled import absorb_and_read_steps
 from vllm_ahn.kernels.settled import Settling
+from vllm_ahn.kernels.steps import Steps
+from vllm_ahn.kernels.steps_cpu import ReadOut, absorb_and_read_steps, load
 from vllm_ahn.memory.base import Memory
 from vllm_ahn.memory.router import Router
+
+Places = tuple[torch.Tensor, WindowPages, torch.Tensor, StatePages, torch.Tensor]
+"""The batch's memory queries, the window's pages and block table, the state's pages and block table."""
 
 CHUNK_SIZE = 32
 """Tokens that the recurrence treats at once: a fifth faster than 64 on heads of 64 and of 128."""
@@ -30,6 +40,9 @@ class CPUCore:
 
     cudagraph_support = AttentionCGSupport.NEVER
     compiles = False
+
+    def __init__(self) -> None:
+        self.library = load(Path(envs.VLLM_CACHE_ROOT) / "vllm_ahn")
 
     def make_planner(self, spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch.device) -> CPUPlanner:
         model = vllm_config.model_config
@@ -57,22 +70,32 @@ class CPUCore:
 
         z = inputs.z
         assert layer.state is not None and layer.state.pages is not None and state_table is not None and z is not None
-        where = (inputs.memory_query, pages, plan.block_table, layer.state.pages, state_table)
+        where: Places = (inputs.memory_query, pages, plan.block_table, layer.state.pages, state_table)
         for each in plan.passes:
             o = absorb_and_read_pass(*where, each, memory=memory, settling=plan.spec.settling)
             m = contribution(memory, layer.router, o, z[each.tokens], each.positions, plan.spec)
             output[each.tokens] += m
-        if (steps := plan.steps) is not None:
-            o = absorb_and_read_steps(
-                *where,
-                steps,
-                memory=memory.spec,
-                settling=plan.spec.settling,
-                scale=memory.scale,
-                A_log=memory.decay_of_rate,
-            )
-            m = contribution(memory, layer.router, o, z[steps.tokens], steps.positions, plan.spec)
-            output[steps.tokens] += m
+        if plan.steps is not None:
+            self._step(layer, memory, inputs, plan, plan.steps, where)
+
+    def _step(
+        self, layer: Layer, memory: Memory, inputs: LayerInputs, plan: CPUPlan, steps: Steps, where: Places
+    ) -> None:
+        """Absorb and read the queries that step, and add what is read to the output."""
+        z, output, settling = inputs.z, inputs.output, plan.spec.settling
+        assert z is not None
+        rule: dict[str, Any] = {"memory": memory.spec, "settling": settling, "scale": memory.scale}
+        rule["A_log"] = memory.decay_of_rate
+        if self.library is None:
+            o = torch_form.absorb_and_read_steps(*where, steps, **rule)
+        elif memory.spec.norm_all_heads:  # over the heads of all ranks
+            o = absorb_and_read_steps(self.library, *where, steps, **rule)
+        else:
+            router = None if layer.router is None else layer.router(steps.positions, settling.window, settling.sinks)
+            read_out = ReadOut(output, z, memory.norm.weight, memory.out_proj.weight, router)
+            absorb_and_read_steps(self.library, *where, steps, **rule, read_out=read_out)
+            return
+        output[steps.tokens] += contribution(memory, layer.router, o, z[steps.tokens], steps.positions, plan.spec)
 
 
 def write_pages(
