@@ -58,7 +58,7 @@ def state_page_arguments(pages: StatePages, table: torch.Tensor) -> dict[str, An
 
     Args:
         pages: of one layer.
-        table: ``[num_requests, >= num_pages]`` int32, the state group's block table.
+        table: ``[num_requests, >= num_slots * num_pages]`` int32, the state group's block table.
     """
     return {
         "columns": pages.columns,
@@ -67,6 +67,7 @@ def state_page_arguments(pages: StatePages, table: torch.Tensor) -> dict[str, An
         "STATE_PAGE_STRIDE": pages.columns.stride(0),
         "COLUMNS_PER_PAGE": pages.columns.shape[1],
         "COLUMN_SIZE": pages.columns.shape[2],
+        "PAGES_PER_SLOT": pages.layout.num_pages,
     }
 
 
@@ -75,17 +76,21 @@ def columns_in_pages(  # type: ignore[no-untyped-def]
     columns,
     state_table,
     request,
+    slot,
     column,
     mask,
     state_table_stride,
     STATE_PAGE_STRIDE: tl.constexpr,
     COLUMNS_PER_PAGE: tl.constexpr,
     COLUMN_SIZE: tl.constexpr,
+    PAGES_PER_SLOT: tl.constexpr,
 ):
-    """Return pointers to the beginning of columns of a request's state.
+    """Return pointers to the beginning of columns of one of a request's states.
 
-    ``column`` is a block of numbers that count columns over all heads: a tile's may lie in two pages or more, so every
-    column finds its own. Where not ``mask`` the pointer is of some column, not to be used.
+    ``column`` is a block of numbers that count columns over all heads, and behind them the kept updates: a tile's may
+    lie in two pages or more, so every column finds its own. Where not ``mask`` the pointer is of some column, not to be
+    used.
     """
-    page = tl.load(state_table + request * state_table_stride + column // COLUMNS_PER_PAGE, mask=mask, other=0)
+    entry = request * state_table_stride + slot * PAGES_PER_SLOT + column // COLUMNS_PER_PAGE
+    page = tl.load(state_table + entry, mask=mask, other=0)
     return columns + page.to(tl.int64) * STATE_PAGE_STRIDE + column % COLUMNS_PER_PAGE * COLUMN_SIZE

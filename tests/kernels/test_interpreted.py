@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu_path
 FOLDER = Path(__file__).parent / "interpreted"
 # flash-linear-attention and vLLM are imported for the interpreter, each in a process that other files need not share.
 SLOW = {
-    "decode": ["test_decode_memory.py"],
+    "steps": ["test_steps.py"],
     "with_fla": ["test_prefill_memory.py"],
     "with_vllm": ["test_tables.py", "test_window_attention.py"],
 }

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,15 +91,23 @@ class SettledCase:
             self.spec.delta,
         )
 
-    def run(self, step: Callable[["SettledCase", torch.Tensor, Steps], torch.Tensor], drafts: int, seed: int) -> float:
+    def run(
+        self,
+        step: Callable[["SettledCase", torch.Tensor, Steps], torch.Tensor],
+        drafts: int,
+        seed: int,
+        rejects: bool = True,
+    ) -> float:
         """Step all requests to their ends; returns the largest error of what is read.
 
         Args:
             step: absorbs and reads, given the batch's queries ``[num_tokens, H, D]``.
             drafts: a step has so many queries and one, of which any number but the first may be rejected.
             seed: of what is drawn.
+            rejects: drafts are rejected at all. How many of a full step were not is counted in ``accepted``.
         """
         rng, worst = random.Random(seed), 0.0
+        self.accepted: Counter[int] = Counter()
         computed = [self.rule.capacity] * self.num_requests
         while running := [r for r in range(self.num_requests) if computed[r] < self.num_tokens]:
             chosen = [r for r in running if rng.random() < 0.8] or running
@@ -123,5 +132,8 @@ class SettledCase:
             error = (o.double() - wanted).abs()
             worst = max(worst, float(error.nan_to_num(math.inf).max()))
             for request, length in zip(chosen, lens, strict=True):
-                computed[request] += rng.randint(1, length)
+                taken = rng.randint(1, length) if rejects else length
+                computed[request] += taken
+                if length == 1 + drafts:
+                    self.accepted[taken - 1] += 1
         return worst
