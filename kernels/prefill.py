@@ -88,7 +88,7 @@ def prefill_memory(
         query: ``[num_tokens, H, D]``, contiguous in ``D``, the batch's memory queries.
         window_pages: the layer's window pages. What the plan's tokens need must have been written.
         state_pages: the layer's state pages, float32 or bfloat16; updated.
-        state_table: ``[num_requests, >= num_pages]`` int32, the state group's block table.
+        state_table: ``[num_requests, >= num_slots * num_pages]`` int32, the state group's block table.
         plan: of this step.
         memory: which memory.
         scale: factor on what is read.

@@ -78,7 +78,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     decay, rate = decay_and_rate(gate_place + in_head * (GATES // GROUP), A_log, head, KEEPS_DECAY, DECAY_FROM_RATE)
     mask = in_group[:, None] & in_d[None, :]
     where = query + token * query_token_stride + head[:, None] * query_head_stride + d[None, :]
-    x = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    # Tokens that are absorbed again have no query; what is read for it is not looked at.
+    x = tl.load(where, mask=mask & (in_head < tl.where(token >= 0, GROUP, 0))[:, None], other=0.0).to(tl.float32)
 
     x *= tl.rsqrt(tl.sum(x * x, 1) + L2_EPS)[:, None]
     key *= tl.rsqrt(tl.sum(key * key, 0) + L2_EPS)
@@ -155,13 +156,14 @@ def gather_stretches(
 def _copy_states_kernel(  # type: ignore[no-untyped-def]
     states,
     requests,
-    fresh,
+    slots,
     columns,
     state_table,
     state_table_stride,
     STATE_PAGE_STRIDE: tl.constexpr,
     COLUMNS_PER_PAGE: tl.constexpr,
     COLUMN_SIZE: tl.constexpr,
+    PAGES_PER_SLOT: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     TO_PAGES: tl.constexpr,
@@ -171,6 +173,7 @@ def _copy_states_kernel(  # type: ignore[no-untyped-def]
     """One program a tile of a state's columns, all heads' after one another, and stretch."""
     stretch = tl.program_id(1).to(tl.int64)
     request = tl.load(requests + stretch).to(tl.int64)
+    slot = tl.load(slots + stretch)
     d = tl.arange(0, BLOCK_D)
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_state = column < HEADS * HEAD_SIZE
@@ -178,12 +181,14 @@ def _copy_states_kernel(  # type: ignore[no-untyped-def]
         columns,
         state_table,
         request,
+        tl.maximum(slot, 0),
         column,
         in_state,
         state_table_stride,
         STATE_PAGE_STRIDE,
         COLUMNS_PER_PAGE,
         COLUMN_SIZE,
+        PAGES_PER_SLOT,
     )
     place = place[:, None] + d[None, :]
     packed = states + (stretch * HEADS * HEAD_SIZE + column)[:, None] * HEAD_SIZE + d[None, :]
@@ -191,7 +196,7 @@ def _copy_states_kernel(  # type: ignore[no-untyped-def]
     if TO_PAGES:
         tl.store(place, tl.load(packed, mask=mask).to(columns.dtype.element_ty), mask=mask)
     else:
-        known = column < tl.where(tl.load(fresh + stretch) == 0, HEADS * HEAD_SIZE, 0)
+        known = column < tl.where(slot >= 0, HEADS * HEAD_SIZE, 0)  # a fresh state is zero
         state = tl.load(place, mask=mask & known[:, None], other=0.0)
         tl.store(packed, state.to(tl.float32), mask=mask)
 
@@ -208,7 +213,7 @@ def _copy_states(
     _copy_states_kernel[(triton.cdiv(heads * head_size, block_v), stretches)](
         states,
         plan.requests,
-        plan.fresh,
+        plan.targets if to_pages else plan.sources,
         **state_page_arguments(pages, state_table),
         HEADS=heads,
         HEAD_SIZE=head_size,
@@ -220,11 +225,11 @@ def _copy_states(
 
 
 def gather_states(pages: StatePages, state_table: torch.Tensor, plan: PrefillPlan) -> torch.Tensor:
-    """Read the states of the plan's requests, ``[R, H, D_v, D_k]`` float32, zero where fresh. One launch.
+    """Read the states that the plan's stretches begin with, ``[R, H, D_v, D_k]`` float32, zero where fresh. One launch.
 
     Args:
         pages: the layer's state pages, float32 or bfloat16.
-        state_table: ``[num_requests, >= num_pages]`` int32, the state group's block table.
+        state_table: ``[num_requests, >= num_slots * num_pages]`` int32, the state group's block table.
         plan: of this step.
 
     Raises:
@@ -237,7 +242,7 @@ def gather_states(pages: StatePages, state_table: torch.Tensor, plan: PrefillPla
 
 
 def scatter_states(states: torch.Tensor, pages: StatePages, state_table: torch.Tensor, plan: PrefillPlan) -> None:
-    """Write ``states [R, H, D_v, D_k]``, contiguous, to the pages of the plan's requests. One launch.
+    """Write ``states [R, H, D_v, D_k]``, contiguous, where the plan's stretches end. One launch.
 
     The other arguments and what is raised are those of :func:`gather_states`.
     """

@@ -132,7 +132,8 @@ class SettledCase:
             error = (o.double() - wanted).abs()
             worst = max(worst, float(error.nan_to_num(math.inf).max()))
             for request, length in zip(chosen, lens, strict=True):
-                taken = rng.randint(1, length) if rejects else length
+                rare = [taken for taken in range(1, length + 1) if not self.accepted[taken - 1]]
+                taken = rng.choice(rare or range(1, length + 1)) if rejects else length
                 computed[request] += taken
                 if length == 1 + drafts:
                     self.accepted[taken - 1] += 1

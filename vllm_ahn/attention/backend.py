@@ -72,7 +72,7 @@ class AHNPlanBuilder(AttentionMetadataBuilder[Any]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        return choose_core().cudagraph_support
+        return choose_core().cudagraph_support(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -72,17 +72,19 @@ class Planner(Protocol):
 
         Args:
             common: the window group's batch.
-            for_capture: a CUDA graph of the step will be replayed for other batches of as many requests with one new
-                token each, so that it has to do all that any of them needs.
+            for_capture: a CUDA graph of the step will be replayed for other batches of as many requests with as many
+                new tokens each, so that it has to do all that any of them needs.
         """
 
 
 class Core(Protocol):
     """Computes layers on one kind of device."""
 
-    cudagraph_support: AttentionCGSupport
     compiles: bool
     """Kernels are compiled when they are first launched, and want warming up."""
+
+    def cudagraph_support(self, vllm_config: VllmConfig) -> AttentionCGSupport:
+        """Of which batches CUDA graphs can be captured."""
 
     def make_planner(self, spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch.device) -> Planner:
         """The planner for the layers of a window group."""

@@ -9,7 +9,9 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ahn.attention.core import Layer, LayerInputs
+from vllm_ahn.cache.layer import settling
 from vllm_ahn.cache.specs import window_spec
+from vllm_ahn.kernels.settled import GRANULARITY
 
 CHUNK = 130
 """New tokens of the request that brings a chunk, more than two of the chunk kernels' own chunks."""
@@ -33,7 +35,7 @@ def warm_up_once(layer: Layer) -> None:
 
 
 def warm_up(layer: Layer) -> None:
-    """Run a step with a decode and a chunk beyond ``W + S``, and one with decodes alone, all in block 0.
+    """Run a step of a decode and a chunk beyond ``W + S``, and one of decodes alone, all in block 0.
 
     vLLM never gives block 0 to a request.
     """
@@ -41,11 +43,15 @@ def warm_up(layer: Layer) -> None:
     pages, state_pages, memory = layer.pages, layer.state.pages, layer.memory
     assert pages is not None and state_pages is not None and memory is not None
     layout, config = pages.layout, layer.config
-    spec = window_spec(layout, window=config.window, sinks=config.sinks)
+    rule = settling(config, block_size=layout.block_size, vllm_config=layer.vllm_config)
+    spec = window_spec(layout, rule)
     device = pages.pages.device
     planner = layer.core.make_planner(spec, layer.vllm_config, device)
-    state_table = torch.zeros((2, state_pages.layout.num_pages), dtype=torch.int32, device=device)
-    for query_lens in ((1, CHUNK), (1, 1)):
+    state_table = torch.zeros((2, rule.num_slots * state_pages.layout.num_pages), dtype=torch.int32, device=device)
+    few = 1 + layer.vllm_config.num_speculative_tokens
+    # Not at a boundary, so that some of the chunk's queries step.
+    chunk = CHUNK if (config.capacity + CHUNK) % GRANULARITY else CHUNK + 1
+    for query_lens in ((few, chunk), (few, few)):
         starts = torch.tensor((0, query_lens[0], sum(query_lens)), dtype=torch.int32)
         seq_lens = torch.tensor(query_lens, dtype=torch.int32) + config.capacity
         num_tokens, max_len = sum(query_lens), int(seq_lens.max())

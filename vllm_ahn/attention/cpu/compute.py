@@ -38,11 +38,13 @@ CHUNK_SIZE = 32
 class CPUCore:
     """See :class:`Core`."""
 
-    cudagraph_support = AttentionCGSupport.NEVER
     compiles = False
 
     def __init__(self) -> None:
         self.library = load(Path(envs.VLLM_CACHE_ROOT) / "vllm_ahn")
+
+    def cudagraph_support(self, vllm_config: VllmConfig) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER
 
     def make_planner(self, spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch.device) -> CPUPlanner:
         model = vllm_config.model_config

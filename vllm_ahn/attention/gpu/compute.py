@@ -12,28 +12,32 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_ahn.attention.core import Layer, LayerInputs
-from vllm_ahn.attention.gpu.plan import GPUPlan, GPUPlanner
+from vllm_ahn.attention.gpu.plan import GPUPlan, GPUPlanner, GPUSteps
 from vllm_ahn.attention.paged.choose import choose_attention
 from vllm_ahn.cache.specs import AHNWindowSpec
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.decode import decode_memory
 from vllm_ahn.kernels.pages import StatePages
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_plan import CHUNK_SIZE, PrefillPlan
 from vllm_ahn.kernels.read_out import gated_squares, read_out
+from vllm_ahn.kernels.steps_triton import absorb_and_read_steps
 from vllm_ahn.memory.base import Memory
 
 
 class GPUCore:
     """See :class:`Core`."""
 
-    cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     compiles = not triton.knobs.runtime.interpret
+
+    def cudagraph_support(self, vllm_config: VllmConfig) -> AttentionCGSupport:
+        drafts = vllm_config.num_speculative_tokens
+        return AttentionCGSupport.UNIFORM_BATCH if drafts else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def make_planner(self, spec: AHNWindowSpec, vllm_config: VllmConfig, device: torch.device) -> GPUPlanner:
         return GPUPlanner(
             spec,
             choose_attention(spec, vllm_config, device),
+            max_drafts=vllm_config.num_speculative_tokens,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             device=device,
@@ -59,42 +63,42 @@ class GPUCore:
             return
         assert layer.state is not None and layer.state.pages is not None and state_table is not None
         where = (layer, memory, layer.state.pages, state_table, inputs, plan)
-        if plan.decode_tokens is not None:
-            decode(*where, plan.decode_tokens)
-        if plan.prefill is not None:
-            prefill(*where, plan.prefill)
+        for stretches in plan.passes:
+            prefill(*where, stretches)
+        for steps in plan.steps:
+            step(*where, steps)
 
 
-def decode(
+def step(
     layer: Layer,
     memory: Memory,
     state_pages: StatePages,
     state_table: torch.Tensor,
     inputs: LayerInputs,
     plan: GPUPlan,
-    tokens: torch.Tensor,
+    steps: GPUSteps,
 ) -> None:
-    """Absorb and read one token of each request that has one in ``tokens``, and add what is read to the output."""
+    """Absorb and read the queries that step, and add what is read to the output."""
     pages, output = layer.pages, inputs.output
     assert pages is not None
-    o = torch.empty((len(tokens), *output.shape[1:]), dtype=torch.float32, device=output.device)
-    decode_memory(
+    o = torch.empty((*steps.tokens.shape, *output.shape[1:]), dtype=torch.float32, device=output.device)
+    absorb_and_read_steps(
         inputs.memory_query,
         pages,
         plan.block_table,
         state_pages,
         state_table,
-        tokens,
+        steps.first_tokens,
+        steps.counts,
         plan.seq_lens,
         o,
         memory=memory.spec,
-        window=plan.spec.window,
-        sinks=plan.spec.sinks,
+        settling=plan.spec.settling,
         scale=memory.scale,
+        requests=steps.requests,
         A_log=memory.decay_of_rate,
     )
-    positions = None if layer.router is None else plan.seq_lens - 1
-    read(layer, memory, o, inputs, plan, tokens, positions)
+    read(layer, memory, o.flatten(0, 1), inputs, plan, steps.tokens.flatten(), steps.positions.flatten())
 
 
 def prefill(
@@ -129,7 +133,7 @@ def read(
     inputs: LayerInputs,
     plan: GPUPlan,
     tokens: torch.Tensor,
-    positions: torch.Tensor | None,
+    positions: torch.Tensor,
 ) -> None:
     """Norm, gate, project and weigh what was read, and add it to the output.
 
