@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
+from vllm_ahn.kernels.settled import GRANULARITY
 from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
 NUM_GATES = {"GatedDeltaNet": 2, "DeltaNet": 1, "Mamba2": 1}
@@ -56,7 +57,8 @@ class Shape:
 
     @property
     def state_layout(self) -> StatePageLayout:
-        return StatePageLayout(self.heads, self.head_size, self.window_layout.page_bytes, self.state_dtype)
+        kept = GRANULARITY if self.delta else 0
+        return StatePageLayout(self.heads, self.head_size, self.window_layout.page_bytes, self.state_dtype, kept)
 
 
 class WithoutDelta(Shape):
@@ -73,7 +75,9 @@ class PagedCase:
     behind a request's end is others' business: those entries name blocks of NaN, or none at all.
     """
 
-    def __init__(self, shape: Shape, num_requests: int, tokens: int, *, apart: int = 1, vast: bool = False) -> None:
+    def __init__(
+        self, shape: Shape, num_requests: int, tokens: int, *, slots: int = 1, apart: int = 1, vast: bool = False
+    ) -> None:
         """``tokens`` is the most a request has; ``apart`` puts other layers' pages between those of this one.
 
         ``vast`` puts them a GiB apart, so that offsets do not fit 32 bits; then the pool holds zeros instead of NaN.
@@ -81,7 +85,7 @@ class PagedCase:
         self.shape = shape
         window, state = shape.window_layout, shape.state_layout
         per_request = -(-tokens // shape.block_size)
-        state_pages = -(-shape.heads * shape.head_size // state.columns_per_page)
+        state_pages = slots * state.num_pages
         first = 9 if vast else 1  # block 0 is vLLM's null block: no request's
         total = num_requests * (per_request + state_pages) + first + 2
         content = window.content_elements
@@ -117,15 +121,17 @@ class PagedCase:
             by_kv_head = gates.unflatten(1, (self.shape.kv_heads, self.shape.group)).flatten(2)
             self.window.gates[blocks, :, offsets] = by_kv_head.to(self.shape.dtype)
 
-    def put_state(self, request: int, state: torch.Tensor) -> None:
+    def put_state(self, request: int, state: torch.Tensor, slot: int = 0) -> None:
         """Write ``state [H, Dk, Dv]``."""
-        self.state.scatter(self._state_pages(request), state[None])
+        self.state.scatter(self.state_pages(request, slot), state[None])
 
-    def get_state(self, request: int) -> torch.Tensor:
-        return self.state.gather(self._state_pages(request))[0]
+    def get_state(self, request: int, slot: int = 0) -> torch.Tensor:
+        return self.state.gather(self.state_pages(request, slot))[0]
 
-    def _state_pages(self, request: int) -> torch.Tensor:
-        return self.state_table[request, : self.shape.state_layout.num_pages].long()[None]
+    def state_pages(self, request: int, slot: int = 0) -> torch.Tensor:
+        """``[1, num_pages]`` int64."""
+        pages = self.shape.state_layout.num_pages
+        return self.state_table[request, slot * pages : (slot + 1) * pages].long()[None]
 
 
 def random_gates(shape: Shape, *batch: int) -> torch.Tensor:

@@ -44,11 +44,12 @@ def warm_up(layer: Layer) -> None:
     assert pages is not None and state_pages is not None and memory is not None
     layout, config = pages.layout, layer.config
     rule = settling(config, block_size=layout.block_size, vllm_config=layer.vllm_config)
-    spec = window_spec(layout, rule)
+    max_drafts = layer.vllm_config.num_speculative_tokens
+    spec = window_spec(layout, rule, max_drafts=max_drafts)
     device = pages.pages.device
     planner = layer.core.make_planner(spec, layer.vllm_config, device)
     state_table = torch.zeros((2, rule.num_slots * state_pages.layout.num_pages), dtype=torch.int32, device=device)
-    few = 1 + layer.vllm_config.num_speculative_tokens
+    few = 1 + max_drafts
     # Not at a boundary, so that some of the chunk's queries step.
     chunk = CHUNK if (config.capacity + CHUNK) % GRANULARITY else CHUNK + 1
     for query_lens in ((few, chunk), (few, few)):

@@ -79,6 +79,7 @@ def layer_specs(
         rule,
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         retain_all=bool(config.full_attention_layers),
+        max_drafts=vllm_config.num_speculative_tokens,
     )
     if config.memory is None:
         return window, None

@@ -33,6 +33,8 @@ class AHNWindowSpec(_OwnGroup):
     """Most tokens of one request that are scheduled but not yet settled; their blocks cannot be given back."""
     retain_all: bool = False
     """Keep every block, for models in which some layers are plain full attention."""
+    max_drafts: int = 0
+    """Most drafts of a request in a step, which are verified together with its next token."""
 
     @property
     def window(self) -> int:
@@ -73,12 +75,12 @@ class AHNWindowSpec(_OwnGroup):
 
     @property
     def rearrangeable(self) -> bool:
-        """Whether sinks fill their blocks and the window at least one.
+        """Whether sinks fill their blocks and the window at least one, and a step's drafts.
 
         Then a block table can be rearranged so that a plain sliding window of ``W + S`` over it shows a query just what
         it should see; :mod:`vllm_ahn.attention.cpu.lossless` says how and why.
         """
-        return self.sinks % self.block_size == 0 and self.window >= self.block_size
+        return self.sinks % self.block_size == 0 and self.window >= self.block_size + self.max_drafts
 
     def max_admission_blocks_per_request(self, max_model_len: int) -> int:
         """Most blocks one request ever holds.
@@ -138,7 +140,12 @@ class AHNStateSpec(_OwnGroup):
 
 
 def window_spec(
-    layout: WindowPageLayout, settling: Settling, *, max_in_flight_tokens: int = 0, retain_all: bool = False
+    layout: WindowPageLayout,
+    settling: Settling,
+    *,
+    max_in_flight_tokens: int = 0,
+    retain_all: bool = False,
+    max_drafts: int = 0,
 ) -> AHNWindowSpec:
     """The spec of a layer's lossless memory."""
     return AHNWindowSpec(
@@ -151,6 +158,7 @@ def window_spec(
         settling=settling,
         max_in_flight_tokens=max_in_flight_tokens,
         retain_all=retain_all,
+        max_drafts=max_drafts,
     )
 
 

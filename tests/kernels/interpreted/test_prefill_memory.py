@@ -9,10 +9,12 @@ from vllm_ahn.kernels import l2_normalize, naive_recurrence
 from vllm_ahn.kernels.prefill import prefill_memory
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
+from vllm_ahn.kernels.settled import Settling
 
 install_for_fla()
 
 WINDOW, SINKS = 20, 5
+RULE = Settling(WINDOW, SINKS, turns=2)
 SHAPES = [
     Shape(2, 1, 64, 16, "GatedDeltaNet"),
     Shape(3, 3, 80, 32, "DeltaNet", torch.bfloat16),
@@ -29,52 +31,64 @@ def fresh_inputs() -> None:
 
 
 class Prefill:
-    """A batch in which some requests absorb stretches; others lie between them in batch and tables."""
+    """A batch in which some requests absorb stretches; others lie between them in batch and tables.
 
-    def __init__(self, shape: Shape, lengths: list[int], fresh: list[bool]) -> None:
-        tokens = WINDOW + SINKS + max(lengths) + 40
-        self.case = PagedCase(shape, 2 * len(lengths), tokens, apart=2)
+    A stretch begins with the state of a boundary, some tokens of which earlier steps have absorbed already.
+    """
+
+    def __init__(self, shape: Shape, reads: list[int], fresh: list[bool]) -> None:
+        tokens = RULE.capacity + max(reads) + 70
+        self.case = PagedCase(shape, 2 * len(reads), tokens, slots=RULE.num_slots, apart=2)
         self.A_log = torch.randn(shape.heads)
         self.stretches, self.tokens, self.states = [], [], []
         row = 0
-        for i, (length, new) in enumerate(zip(lengths, fresh, strict=True)):
+        for i, (num_reads, new) in enumerate(zip(reads, fresh, strict=True)):
             row += int(torch.randint(1, 5, ()))
-            first = WINDOW + SINKS + (0 if new else int(torch.randint(1, 39, ())))
-            request = 2 * i + 1
-            self.stretches.append(Stretch(request, row, first, length))
-            k, v = torch.randn(2, length, shape.kv_heads, shape.head_size).to(shape.dtype)
-            gates = random_gates(shape, length).to(shape.dtype)
-            slots = self.case.slots(request, first - WINDOW + torch.arange(length))
-            self.case.put_tokens(slots, k, v, gates)
+            source = RULE.boundary(0) if new else RULE.boundary(RULE.capacity) + 16 * int(torch.randint(1, 4, ()))
+            computed = max(RULE.capacity, source) + int(torch.randint(0, 7 if new else 16, ()))
+            request, target, first = 2 * i + 1, computed + num_reads, RULE.absorbed(source)
+            self.stretches.append(Stretch(request, row, computed, num_reads, source, target))
+            absorbed = torch.arange(first, target - WINDOW)
+            k, v = torch.randn(2, len(absorbed), shape.kv_heads, shape.head_size).to(shape.dtype)
+            gates = random_gates(shape, len(absorbed)).to(shape.dtype)
+            self.case.put_tokens(self.case.slots(request, absorbed), k, v, gates)
             state = torch.randn(shape.heads, shape.head_size, shape.head_size).to(shape.state_dtype).float()
             if new:
                 state.zero_()
             else:
-                self.case.put_state(request, state)
+                self.case.put_state(request, state, RULE.slot(source))
             self.tokens.append((k, v, gates.float()))
             self.states.append(state)
-            row += length
+            row += num_reads
+        self.lengths = [len(k) for k, _, _ in self.tokens]
         self.query = torch.randn(row + 3, 2, shape.heads, shape.head_size).to(shape.dtype)[:, 1]
 
     def plan(self) -> PrefillPlan:
-        size = self.case.shape.block_size
-        return plan_prefill(self.stretches, self.case.window_table, window=WINDOW, sinks=SINKS, block_size=size)
+        return plan_prefill(self.stretches, self.case.window_table, RULE, block_size=self.case.shape.block_size)
+
+    def queries(self, stretch: Stretch, length: int) -> torch.Tensor:
+        """Normalised queries after each absorbed token, zero where there is none."""
+        rows = self.query[stretch.first_token : stretch.first_token + stretch.num_reads]
+        return torch.nn.functional.pad(l2_normalize(rows), (0, 0, 0, 0, length - stretch.num_reads, 0))
 
 
 def test_plan_prefill() -> None:
     """By hand: windows of 4 after 2 sinks in blocks of 16."""
-    table = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]], dtype=torch.int32)
-    # Request 1 enters the memory with its first token at position 6; request 0 is at position 18 and absorbs 66 tokens.
-    stretches = [Stretch(1, 5, 6, 3), Stretch(0, 8, 12, 66)]
-    plan = plan_prefill(stretches, table, window=4, sinks=2, block_size=16)
-    assert plan.lengths == (3, 66)
-    assert plan.reads.tolist() == [*range(5, 8), *range(8, 74)]
-    assert plan.positions.tolist() == [6, 7, 8, *range(12, 78)]
-    slots = [6 * 16 + 2, 6 * 16 + 3, 6 * 16 + 4] + [table[0, e // 16].item() * 16 + e % 16 for e in range(8, 74)]
+    rule = Settling(4, 2, turns=2)
+    table = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]], dtype=torch.int32)
+    # Request 1 enters the memory with its first token at position 6. Of the 80 tokens that request 0 absorbs, 3 are
+    # since its boundary and have no query.
+    stretches = [Stretch(1, 5, 6, 10, 0, 16), Stretch(0, 15, 19, 77, 16, 96)]
+    plan = plan_prefill(stretches, table, rule, block_size=16)
+    assert plan.lengths == (10, 80)
+    assert plan.reads.tolist() == [*range(5, 15), -1, -1, -1, *range(15, 92)]
+    assert plan.positions.tolist() == [*range(6, 16), *range(16, 96)]
+    slots = [7 * 16 + e for e in range(2, 12)] + [table[0, e // 16].item() * 16 + e % 16 for e in range(12, 92)]
     assert plan.slots.tolist() == slots
     assert plan.requests.tolist() == [1, 0]
-    assert plan.fresh.tolist() == [1, 0]
-    assert plan.cu_seqlens.tolist() == [0, 3, 69]
+    assert plan.sources.tolist() == [-1, 1]
+    assert plan.targets.tolist() == [1, 0]
+    assert plan.cu_seqlens.tolist() == [0, 10, 90]
     assert plan.chunk_indices.tolist() == [[0, 0], [1, 0], [1, 1]]
 
 
@@ -86,11 +100,11 @@ def test_gathers_equal_indexing(shape: Shape) -> None:
     got = gather_stretches(prefill.query, prefill.case.window, plan, memory=shape.spec, A_log=A_log)
     wanted: list[list[torch.Tensor]] = [[] for _ in got]
     for stretch, (k, v, gates) in zip(prefill.stretches, prefill.tokens, strict=True):
-        rows = slice(stretch.first_token, stretch.first_token + stretch.length)
+        q = prefill.queries(stretch, len(k))
         g, b = decay_and_rate(shape, gates, A_log)
         v = v.repeat_interleave(shape.group, 1).float() * (1 if shape.delta else b.unsqueeze(-1))
         k = l2_normalize(k).repeat_interleave(shape.group, 1)
-        parts = (l2_normalize(prefill.query[rows]), k, v, g, b)
+        parts = (q, k, v, g, b)
         for together, part in zip(wanted, parts, strict=True):
             together.append(part)
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[shape.dtype]
@@ -108,13 +122,14 @@ def test_gathers_equal_indexing(shape: Shape) -> None:
     scatter_states(new, prefill.case.state, prefill.case.state_table, plan)
     touched = torch.zeros(len(before), dtype=torch.bool)
     for stretch, state in zip(prefill.stretches, new, strict=True):
-        assert torch.equal(prefill.case.get_state(stretch.request), state.mT.to(shape.state_dtype).float())
-        touched[prefill.case.state_table[stretch.request, : shape.state_layout.num_pages].long()] = True
+        slot = RULE.slot(stretch.target)
+        assert torch.equal(prefill.case.get_state(stretch.request, slot), state.mT.to(shape.state_dtype).float())
+        touched[prefill.case.state_pages(stretch.request, slot)] = True
     assert torch.equal(prefill.case.cache[~touched].view(torch.uint8), before[~touched].view(torch.uint8))
 
 
-def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float) -> None:
-    prefill = Prefill(shape, lengths, fresh)
+def check(shape: Shape, reads: list[int], fresh: list[bool], tolerance: float) -> None:
+    prefill = Prefill(shape, reads, fresh)
     plan = prefill.plan()
     case = prefill.case
     o = prefill_memory(
@@ -128,12 +143,11 @@ def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float)
         A_log=prefill.A_log,
     )
     assert o.is_contiguous() and o.dtype == shape.dtype
-    parts = zip(prefill.stretches, o.split(lengths), prefill.tokens, prefill.states, strict=True)
+    parts = zip(prefill.stretches, o.split(prefill.lengths), prefill.tokens, prefill.states, strict=True)
     for stretch, got, (k, v, gates), state in parts:
-        rows = slice(stretch.first_token, stretch.first_token + stretch.length)
         g, b = decay_and_rate(shape, gates, prefill.A_log)
         wanted, final = naive_recurrence(
-            l2_normalize(prefill.query[rows])[None].double(),
+            prefill.queries(stretch, len(k))[None].double(),
             l2_normalize(k)[None].double(),
             v[None].double(),
             g[None],
@@ -142,7 +156,9 @@ def check(shape: Shape, lengths: list[int], fresh: list[bool], tolerance: float)
             shape.delta,
             state[None],
         )
-        for name, x, y in (("o", got, wanted[0]), ("state", case.get_state(stretch.request), final[0])):
+        new = case.get_state(stretch.request, RULE.slot(stretch.target))
+        read = slice(len(k) - stretch.num_reads, None)
+        for name, x, y in (("o", got[read], wanted[0, read]), ("state", new, final[0])):
             # Relative to the largest, as roundings of the state in half precision are.
             error = (x.double() - y).abs().max() / y.abs().max()
             assert error < tolerance, f"{name} of {stretch}: {error}"

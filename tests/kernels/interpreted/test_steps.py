@@ -98,7 +98,7 @@ def test_head_sizes_and_dtypes(sizes: tuple[int, int, int, int], seed: int) -> N
             dtype=dtype,
             state_dtype=state_dtype,
             num_requests=1,
-            num_tokens=70,
+            num_tokens=52,
             transposed=False,
         )
         assert case.run(Stepper(4), 3, seed) < (1e-5 if exact else 0.3)

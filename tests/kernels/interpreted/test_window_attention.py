@@ -23,6 +23,7 @@ from vllm_ahn.attention.paged.triton import TritonAttention
 from vllm_ahn.attention.plan import StepRequests, cut_into_spans
 from vllm_ahn.cache.specs import AHNWindowSpec, window_spec
 from vllm_ahn.kernels.pages import WindowPageLayout, WindowPages
+from vllm_ahn.kernels.settled import Settling
 
 TOLERANCE = 2e-6
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 24
@@ -47,10 +48,12 @@ def make_batch(
     requests: list[tuple[int, int]],
     num_padding: int = 0,
     mean_score: float = 0.0,
+    max_drafts: int = 0,
 ) -> Batch:
     """``requests`` are (tokens before, new tokens); rows that pad the batch follow."""
     layout = WindowPageLayout(KV_HEADS, HEAD_SIZE, 2 * HEADS // KV_HEADS, block_size, torch.float32)
-    spec = window_spec(layout, window=window, sinks=sinks, max_in_flight_tokens=1024)
+    rule = Settling(window, sinks, turns=2 if max_drafts else 1)
+    spec = window_spec(layout, rule, max_in_flight_tokens=1024, max_drafts=max_drafts)
     width = max(-(-sum(request) // block_size) for request in requests) + 3
     num_blocks = 1 + len(requests) * width
     shape = (num_blocks, KV_HEADS, block_size, layout.content_elements)
@@ -216,7 +219,7 @@ def test_decodes_are_split_wherever_a_sliding_window_serves() -> None:
 def test_inside_the_capacity_attention_is_plain(kernel: str) -> None:
     batch = make_batch(40, 16, 16, [(0, 48), (20, 3), (47, 1)])
     plan = planner(batch, kernel).plan(batch.common)
-    assert plan.windowed == [plan.causal] and plan.decode_tokens is None and plan.prefill is None
+    assert plan.windowed == [plan.causal] and not plan.steps and not plan.passes
     torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
 
 
@@ -226,7 +229,7 @@ def test_a_replayed_graph_finds_another_batch_in_its_buffers(sinks: int, kernel:
     captured = make_batch(24, sinks, 16, [(0, 1)] * 5)
     one_planner = planner(captured, kernel)
     plan = one_planner.plan(captured.common, for_capture=True)
-    assert plan.decode_tokens is not None
+    (steps,) = plan.steps
     # A step with a chunk in between leaves the buffers alone or is forgotten.
     chunk = make_batch(24, sinks, 16, [(200, 1), (100, 30)])
     one_planner.plan(chunk.common)
@@ -236,7 +239,43 @@ def test_a_replayed_graph_finds_another_batch_in_its_buffers(sinks: int, kernel:
         setattr(batch.common, name, getattr(captured.common, name))
     one_planner.plan(batch.common)
     torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
-    assert plan.decode_tokens.tolist() == [0, -1, 2, -1, -1]
+    assert steps.tokens.flatten().tolist() == [0, -1, 2, -1, -1]
+    assert steps.counts.tolist() == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("sinks, kernel", [(8, "triton"), (16, "triton"), (16, "flash2"), (16, "flash3")])
+def test_a_replayed_graph_of_drafts(sinks: int, kernel: str) -> None:
+    """As above with three drafts a request, where the host knows lengths only as bounds."""
+    captured = make_batch(24, sinks, 16, [(0, 4)] * 5, max_drafts=3)
+    one_planner = planner(captured, kernel)
+    plan = one_planner.plan(captured.common, for_capture=True)
+    batch = make_batch(24, sinks, 16, [(200, 4), (10, 4), (24 + sinks - 2, 4)], num_padding=2, max_drafts=3)
+    batch.common.seq_lens_cpu_upper_bound[:3] += 3
+    for name in ("query_start_loc", "seq_lens"):
+        getattr(captured.common, name).copy_(getattr(batch.common, name))
+        setattr(batch.common, name, getattr(captured.common, name))
+    one_planner.plan(batch.common)
+    torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
+    (steps,) = plan.steps
+    nothing = [-1] * 4
+    assert steps.tokens.tolist() == [[0, 1, 2, 3], nothing, [10, 11, -1, -1], nothing, nothing]
+    assert steps.positions[2, :2].tolist() == [24 + sinks, 24 + sinks + 1]
+
+
+@pytest.mark.parametrize("sinks, kernel", [(8, "triton"), (16, "flash3")])
+def test_drafts_beside_chunks_are_decided_on_the_device(sinks: int, kernel: str) -> None:
+    """Bounds that are too high do not show, neither in what is attended to nor in what steps."""
+    requests = [(200, 4), (24 + sinks - 1, 2), (130, 40), (9, 3), (0, 30)]
+    batch = make_batch(24, sinks, 16, requests, max_drafts=3)
+    short = torch.tensor([new <= 4 for _, new in requests])
+    batch.common.seq_lens_cpu_upper_bound[short] += 3
+    plan = planner(batch, kernel).plan(batch.common)
+    torch.testing.assert_close(attend(batch, plan), batch.expected, rtol=0, atol=TOLERANCE)
+    found, tails = plan.steps
+    assert found.counts.tolist() == [4, 1, 0, 0, 0]
+    assert tails.requests is not None and tails.requests.tolist() == [2]
+    assert tails.counts.tolist() == [170 % 16] and tails.first_tokens.tolist() == [46 - 170 % 16]
+    assert [stretches.requests.tolist() for stretches in plan.passes] == [[2]]
 
 
 def test_what_flash_attention_is_asked() -> None:
@@ -280,7 +319,9 @@ def test_spans_cover_all_queries_once(queries_per_span: int, block_size: int) ->
     lens = [generator.choice((0, 1, 1, 6, 7, 8, 70)) for _ in range(40)]
     seq_lens = torch.tensor([length + generator.randrange(50) for length in lens]).numpy()
     starts = torch.tensor([0, *lens]).cumsum(0).numpy()
-    owners, span_starts, span_lens = cut_into_spans(StepRequests(starts, seq_lens, 10), queries_per_span, block_size)
+    owners, span_starts, span_lens = cut_into_spans(
+        StepRequests(starts, seq_lens, Settling(8, 2)), queries_per_span, block_size
+    )
     queries = []
     for span, request in enumerate(owners):
         num_queries = span_starts[span + 1] - span_starts[span]

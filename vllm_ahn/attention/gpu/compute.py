@@ -37,7 +37,6 @@ class GPUCore:
         return GPUPlanner(
             spec,
             choose_attention(spec, vllm_config, device),
-            max_drafts=vllm_config.num_speculative_tokens,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             device=device,

@@ -76,7 +76,6 @@ class GPUPlanner:
     Args:
         spec: the window group's spec.
         attention: the kernel that attends.
-        max_drafts: most drafts of a request in a step.
         max_requests: most requests in a batch, padding included.
         max_tokens: most tokens in a batch.
         device: where the step runs.
@@ -87,7 +86,6 @@ class GPUPlanner:
         spec: AHNWindowSpec,
         attention: PagedAttention,
         *,
-        max_drafts: int,
         max_requests: int,
         max_tokens: int,
         device: torch.device,
@@ -97,7 +95,7 @@ class GPUPlanner:
         self.device = device
         self.span_limits = span_limits(spec, MASKED_QUERIES)
         self.max_span_len = min(self.span_limits[0], max_tokens)
-        self.step_queries = 1 + max_drafts
+        self.step_queries = 1 + spec.max_drafts
         """New tokens of a request up to which the device decides."""
         assert self.step_queries <= GRANULARITY <= spec.block_size
         on_device = {"dtype": torch.int32, "device": device}

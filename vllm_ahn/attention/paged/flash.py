@@ -25,7 +25,7 @@ class FlashAttention:
         num_heads: query heads of a layer on this rank.
         version: of FlashAttention, as vLLM counts them.
         device: where the step runs.
-        graph_spans: most decodes in a CUDA graph; 0 if there are none.
+        graph_spans: most requests in a CUDA graph, of steps of a token and its drafts; 0 if there are none.
         graph_splits: most parts of a sequence in a CUDA graph.
     """
 
@@ -45,15 +45,16 @@ class FlashAttention:
         self.version = version
         self.graph_spans = graph_spans if version == 3 else 0
         self.graph_splits = graph_splits
+        self.graph_queries = 1 + spec.max_drafts
         self.kept: torch.Tensor | None = None
         """Where graphs find their schedule."""
         if self.graph_spans:
             on_device = {"dtype": torch.int32, "device": device}
             most = AttentionSpans(
-                query_start_loc=torch.arange(graph_spans + 1, **on_device),
+                query_start_loc=torch.arange(graph_spans + 1, **on_device) * self.graph_queries,
                 lens=torch.ones(graph_spans, **on_device),
                 block_table=torch.zeros((graph_spans, 1), **on_device),
-                max_query_len=1,
+                max_query_len=self.graph_queries,
                 max_len=spec.block_size,
                 sliding_window=spec.capacity,
                 sinks=None,
@@ -95,7 +96,7 @@ class FlashAttention:
         )
 
     def _is_for_graphs(self, spans: AttentionSpans) -> bool:
-        return spans.max_query_len <= 1 and len(spans.lens) <= self.graph_spans
+        return spans.max_query_len <= self.graph_queries and len(spans.lens) <= self.graph_spans
 
     def _max_splits(self, spans: AttentionSpans) -> int:
         """Most parts of a sequence, the same for schedule and call; 0 for FlashAttention's own choice."""
