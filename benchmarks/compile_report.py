@@ -34,6 +34,7 @@ from kernel_cases.layer import Step
 from kernel_cases.own_attention import paged_attention
 from kernel_cases.setting import Model, Setting
 from report import parser, table
+from vllm_ahn.kernels.settled import GRANULARITY
 from vllm_ahn.kernels.tables import compact_block_table, compact_width
 from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
@@ -112,7 +113,9 @@ def cases(head_sizes: Sequence[int] = HEAD_SIZES, dtypes: Sequence[torch.dtype] 
             of = f"D={size} {_name(dtype)}"
             for name, memory in MEMORIES.items():
                 for state in (torch.float32, torch.bfloat16):
-                    yield f"{of} {name} state {_name(state)}", _step(size, dtype, memory, state).decode
+                    step = _step(size, dtype, memory, state)
+                    for queries in (1, 4, GRANULARITY) if state == torch.float32 else (1,):
+                        yield f"{of} {name} state {_name(state)}, {queries} queries", partial(step.decode, queries)
                 yield f"{of} {name}", _step(size, dtype, memory).gather
             for gates, kept in ((0, None), (1, DN), (2, GDN)):
                 yield f"{of} {gates} gates", _step(size, dtype, kept).write

@@ -245,7 +245,7 @@ def _steps_kernel(  # type: ignore[no-untyped-def]
         if DELTA:
             absorbed = first + now
             its_block = tl.load(window_table + request * window_table_stride + absorbed // BLOCK_SIZE)
-            its_key, its_value, _ = token_in_pages(
+            _, its_value, _ = token_in_pages(
                 key_pages,
                 value_pages,
                 gate_pages,
@@ -257,9 +257,8 @@ def _steps_kernel(  # type: ignore[no-untyped-def]
                 HEAD_SIZE,
                 GATES,
             )
-            k = tl.load(its_key + d, mask=in_d, other=0.0).to(tl.float32)
             v = tl.load(its_value + j, mask=in_j, other=0.0).to(tl.float32)
-            k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
+            k = tl.sum(tl.where((i == now)[:, None], keys, 0.0), 0)
             keys_overlap = tl.where(i < now, weights * tl.sum(keys * k[None, :], 1), 0.0)
             seen = of_state * tl.sum(state * k[None, :], 1) + tl.sum(updates * keys_overlap[:, None], 0)
             u = tl.sum(tl.where(i == now, b, 0.0), 0) * (v - seen)
@@ -288,10 +287,13 @@ def _steps_kernel(  # type: ignore[no-untyped-def]
         tl.store(o + ((entry * QUERIES + x) * HEADS + head) * HEAD_SIZE + j, scale * read, mask=in_j)
 
     if target > source:
-        later = (i[None, :] > i[:, None]) & (i[None, :] < settled)
-        weights = tl.where(i < settled, tl.exp(tl.sum(tl.where(later, g[None, :], 0.0), 1)), 0.0)
-        of_state = tl.exp(tl.sum(tl.where(i < settled, g, 0.0), 0))
-        state = of_state * state + tl.dot(tl.trans(updates * weights[:, None]), keys, input_precision="ieee")
+        # A loop of outer products, and no `tl.dot`: in float32 that takes all registers there are, for all steps.
+        state *= tl.exp(tl.sum(tl.where(i < settled, g, 0.0), 0))
+        for token in range(settled):
+            weight = tl.exp(tl.sum(tl.where((i > token) & (i < settled), g, 0.0), 0))
+            its_update = tl.sum(tl.where((i == token)[:, None], updates, 0.0), 0)
+            its_key = tl.sum(tl.where((i == token)[:, None], keys, 0.0), 0)
+            state += (weight * its_update)[:, None] * its_key[None, :]
         tile = columns_in_pages(
             columns,
             state_table,

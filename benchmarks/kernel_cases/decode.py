@@ -13,6 +13,7 @@ from kernel_cases.layer import Step
 from kernel_cases.oracles import compare, untouched, verify_memory
 from kernel_cases.setting import Model, Row, Setting
 from report import Aim, Mismatch
+from vllm_ahn.kernels.settled import GRANULARITY
 from vllm_ahn.memory.spec import MemorySpec
 
 SPREAD = 32
@@ -27,6 +28,16 @@ AIMS = [
     ("decode memory from batch 32 up, % of copy bandwidth", Aim(">=", 85), "% of copy", _from_32),
     ("decode memory, times as fast as flash-linear-attention on pages", Aim(">=", 1), "fla on pages/memory", None),
 ]
+
+
+def state_bytes(memory: MemorySpec, head_size: int, element: int = 4) -> float:
+    """Return bytes of state and kept updates that a decode moves for a head, on average over the steps to a boundary.
+
+    The state is read in every step and written in one of them; of the updates those since the boundary are read and one
+    is written.
+    """
+    rows = head_size * (1 + 1 / GRANULARITY) + (((GRANULARITY - 1) / 2 + 1) if memory.delta else 0)
+    return element * head_size * rows
 
 
 def _step(
@@ -66,10 +77,10 @@ def _verify(step: Step, decodes: list[int]) -> None:
     expected = torch.full_like(step.rows, -1)
     expected[decodes] = step.starts[decodes]
     if not torch.equal(step.rows, expected):
-        raise Mismatch(f"decode_reads, {step}: {step.rows.tolist()}, expected {expected.tolist()}")
-    o = verify_memory("decode_memory", step, decodes, step.decode, mean=1e-5, most=1e-4)
+        raise Mismatch(f"find_steps, {step}: {step.rows.tolist()}, expected {expected.tolist()}")
+    o = verify_memory("steps", step, decodes, step.decode, settled=True, mean=1e-5, most=1e-4)
     if not bool(o[expected < 0].isnan().all()):
-        raise Mismatch(f"decode_memory, {step}: wrote reads of requests that have nothing to read")
+        raise Mismatch(f"steps, {step}: wrote reads of requests that have nothing to read")
 
     rows = step.rows[decodes].long()
     wanted = step.output[rows].double() + oracles.read_out(step, rows, o[decodes])
@@ -96,10 +107,11 @@ def measure(setting: Setting, model: Model, memory: MemorySpec) -> Iterator[Row]
         "fla on pages": lambda step: step.recurrent(on_pages=True),
     }
     heads, size = model.heads, model.head_size
-    # State in and out, key, value, gates, query, read.
-    request_bytes = 8 * heads * size**2 + 2 * (2 * model.kv_heads * size + heads * (memory.num_gates + 3 * size))
+    # State, keys, values and gates, query and read.
+    request_bytes = heads * state_bytes(memory, size) + 2 * heads * 3 * size
+    request_bytes += 2 * (GRANULARITY + 1) / 2 * (2 * model.kv_heads * size + heads * memory.num_gates)
     for requests in setting.decode_batches:
-        moved = requests * request_bytes
+        moved = int(requests * request_bytes)
         # Weights, reads, gates, attention in and out.
         read_out_bytes = 2 * heads * size**2 + requests * heads * (8 * size + 4)
         steps = [_step(setting, model, memory, _past(setting, requests)) for _ in range(timer.sets(moved))]

@@ -14,13 +14,16 @@ import torch
 
 from kernel_cases.setting import Model, Setting
 from kernel_cases.timing import Call
+from vllm_ahn.kernels import l2_normalize
 from vllm_ahn.kernels.cache_write import write_window_pages
-from vllm_ahn.kernels.decode import decode_memory, decode_reads
 from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
 from vllm_ahn.kernels.prefill import chunk_stretches, prefill_memory
 from vllm_ahn.kernels.prefill_gather import gather_states, gather_stretches, scatter_states
 from vllm_ahn.kernels.prefill_plan import PrefillPlan, Stretch, plan_prefill
 from vllm_ahn.kernels.read_out import gated_squares, read_out
+from vllm_ahn.kernels.recurrence.gates import decay_and_rate
+from vllm_ahn.kernels.settled import GRANULARITY
+from vllm_ahn.kernels.steps_triton import absorb_and_read_steps, find_steps
 from vllm_ahn.memory.spec import MemorySpec
 
 VAST = 1 << 32
@@ -52,7 +55,8 @@ class Pool:
         self.block_size, self.heads, device = setting.block_size, model.heads, setting.device
         gates = memory.num_gates * model.group if memory else 0
         layout = WindowPageLayout(model.kv_heads, model.head_size, gates, self.block_size, setting.dtype)
-        states = StatePageLayout(model.heads, model.head_size, layout.page_bytes, setting.state_dtype)
+        kept = GRANULARITY if memory and memory.delta else 0
+        states = StatePageLayout(model.heads, model.head_size, layout.page_bytes, setting.state_dtype, kept)
         self.state_pages = states.num_pages if memory else 0
         held = len(blocks) + self.state_pages
         total = 1 + requests * held
@@ -129,6 +133,7 @@ class Step:
         query, output, z: ``[T, H, ...]``, the layer's for these tokens.
         reading: the tokens past ``W + S`` of each request that has any.
         rows, o: what a decode reads: ``[R]`` int32 the batch's row or -1, and ``[R, H, D]`` float32.
+        counts: ``[R]`` int32, 1 where a decode reads.
     """
 
     def __init__(
@@ -153,7 +158,8 @@ class Step:
             if length > position:
                 row = starts[i] + position - (length - count)
                 self.reading[i] = slice(row, starts[i + 1])
-                self.stretches.append(Stretch(i, row, position, length - position))
+                # As if the state were settled right there: chunk kernels do not mind where boundaries are.
+                self.stretches.append(Stretch(i, row, position, length - position, position, length))
         self.pool = Pool(self, len(lengths), blocks, random, vast)
         with torch.device(setting.device):
             self.requests = torch.arange(len(lengths))
@@ -170,6 +176,8 @@ class Step:
             self.norm = self.norm.to(setting.dtype)
             self.o_proj = (torch.randn(heads, size, size) * size**-0.5).to(setting.dtype)
             self.rows = torch.full((len(lengths),), -1, dtype=torch.int32)
+            self.first_rows, self.counts = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
+            self.read_positions = torch.zeros(len(lengths), dtype=torch.int64)
             self.o = torch.full((len(lengths), heads, size), math.nan)
             if memory and not random:
                 self._fill(memory)
@@ -177,14 +185,48 @@ class Step:
         self.slots = blocks_of * setting.block_size + offsets
         self.scale = memory.scale(size) if memory else 0.0
 
+    def since_boundary(self, request: int) -> torch.Tensor:
+        """Return positions of the tokens that a request has absorbed since its boundary, before its new ones."""
+        rule, computed = self.setting.rule, int(self.positions[self.reading[request]][0])
+        first = rule.absorbed(rule.boundary(computed))
+        return torch.arange(first, computed - self.setting.window, device=self.setting.device)
+
     def _fill(self, memory: MemorySpec) -> None:
-        heads, size = self.model.heads, self.model.head_size
-        for rows in self.reading.values():
-            owners, evicted = self.owners[rows], self.positions[rows] - self.setting.window
+        heads, size, rule = self.model.heads, self.model.head_size, self.setting.rule
+        for request, rows in self.reading.items():
+            pending = self.since_boundary(request)
+            owners = torch.full_like(pending, request)
+            evicted = torch.cat((pending, self.positions[rows] - self.setting.window))
             keys, values = torch.randn(2, len(evicted), self.model.kv_heads, size)
-            self.pool.put_tokens(owners, evicted, keys, values, random_gates(memory, len(evicted), heads))
-            if int(evicted[0]) > self.setting.sinks:
-                self.pool.state.scatter(self.pool.pages_of_states(owners[:1]), torch.randn(1, heads, size, size))
+            gates = random_gates(memory, len(evicted), heads)
+            self.pool.put_tokens(torch.cat((owners, self.owners[rows])), evicted, keys, values, gates)
+            pages, computed = (
+                self.pool.pages_of_states(self.requests[request : request + 1]),
+                int(self.positions[rows][0]),
+            )
+            state = torch.zeros(1, heads, size, size, device=self.setting.device)
+            if computed > self.setting.capacity:
+                self.pool.state.scatter(pages, state.normal_())
+            if rule.boundary(computed) <= self.setting.capacity:  # for decodes; for chunks it counts from here on
+                state.zero_()
+            if memory.delta and len(pending):
+                self._keep(memory, pages, state[0], owners, pending)
+
+    def _keep(
+        self, memory: MemorySpec, pages: torch.Tensor, state: torch.Tensor, owners: torch.Tensor, pending: torch.Tensor
+    ) -> None:
+        """Write the updates of pending tokens, token by token as the formula has them."""
+        keys, values, gates = self.pool.tokens(owners, pending)
+        g, b = decay_and_rate(memory, gates.float(), self.A_log)
+        group, updates = self.model.group, []
+        k = l2_normalize(keys).repeat_interleave(group, 1)
+        v = values.float().repeat_interleave(group, 1)
+        for i in range(len(pending)):
+            state = g[i].exp()[:, None, None] * state
+            updates.append(b[i][:, None] * (v[i] - torch.einsum("hkv,hk->hv", state, k[i])))
+            state = state + torch.einsum("hk,hv->hkv", k[i], updates[-1])
+        rows = torch.arange(len(pending), device=pending.device)
+        self.pool.state.scatter_kept(pages.expand(len(pending), -1), torch.stack(updates), rows)
 
     def __str__(self) -> str:
         memory = self.memory.name if self.memory else "no memory"
@@ -194,23 +236,25 @@ class Step:
     def prefill_plan(self) -> PrefillPlan:
         """What the batch absorbs."""
         setting = self.setting
-        sizes = {"window": setting.window, "sinks": setting.sinks, "block_size": setting.block_size}
-        return plan_prefill(self.stretches, self.pool.window_table, **sizes)
+        return plan_prefill(self.stretches, self.pool.window_table, setting.rule, block_size=setting.block_size)
 
     def plan_decode(self) -> None:
         """Find what reads."""
-        decode_reads(self.starts, self.lens, self.setting.capacity, self.rows)
+        found = (self.first_rows, self.counts, self.rows[:, None], self.read_positions[:, None])
+        find_steps(self.starts, self.lens, self.setting.capacity, *found)
 
     def write(self) -> None:
         """Write the new tokens to their pages."""
         write_window_pages(self.key, self.value, self.gates, self.slots, self.pool.window)
 
-    def decode(self) -> torch.Tensor:
-        """Absorb and read one token of each request; return `o`."""
-        pool, sizes = self.pool, {"window": self.setting.window, "sinks": self.setting.sinks}
+    def decode(self, queries: int = 1) -> torch.Tensor:
+        """Absorb and read one token of each request; return `o`. With more ``queries`` there is room for drafts."""
+        pool, o = self.pool, self.o[:, None]
         pages = (pool.window, pool.window_table, pool.state, pool.state_table)
-        keywords = {"memory": self.memory, "scale": self.scale, "A_log": self.A_log}
-        decode_memory(self.query, *pages, self.rows, self.lens, self.o, **keywords, **sizes)
+        keywords = {"memory": self.memory, "scale": self.scale, "A_log": self.A_log, "settling": self.setting.rule}
+        if queries > 1:
+            o = o.new_empty((len(o), queries, *o.shape[2:]))
+        absorb_and_read_steps(self.query, *pages, self.first_rows, self.counts, self.lens, o, **keywords)
         return self.o
 
     def prefill(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from kernel_cases.layer import Step
 from report import Mismatch
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence
+from vllm_ahn.kernels.recurrence.gates import decay_and_rate
 
 CHUNKED_FROM = 256
 """Tokens from which on the chunk-parallel recurrence is the oracle: token by token it would take minutes."""
@@ -44,40 +45,64 @@ def untouched(name: str, got: torch.Tensor, before: torch.Tensor) -> None:
         raise Mismatch(f"{name}: {int(different.sum())} of {different.numel()} bytes are not what they should be")
 
 
-def memory_reads(step: Step, requests: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what requests read, ``[N, H, D]``, and their new states ``[R, H, D, D]``, from what pages hold now."""
-    memory, reads, states = step.memory, [], []
+def memory_reads(step: Step, requests: list[int], *, settled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what requests read, ``[N, H, D]``, and their new states ``[R, H, D, D]``, from what pages hold now.
+
+    With ``settled`` states those are of the last boundary before the step and after it; otherwise they are of the
+    tokens before it and of all.
+    """
+    memory, rule, reads, states = step.memory, step.setting.rule, [], []
     for request in requests:
         rows = step.reading[request]
-        owners, evicted = step.owners[rows], step.positions[rows] - step.setting.window
-        keys, values, gates = step.pool.tokens(owners, evicted)
-        g, b = gates[..., 0].float(), gates[..., -1].float()
-        if not memory.keeps_decay:
-            g = -step.A_log.exp() * b if memory.decay_from_rate else torch.zeros_like(b)
-        state = step.pool.states(owners[:1])
+        computed, length = int(step.positions[rows][0]), int(step.positions[rows][-1]) + 1
+        evicted = step.positions[rows] - step.setting.window
+        before = 0
+        if settled:
+            pending = step.since_boundary(request)
+            before, evicted = len(pending), torch.cat((pending, evicted))
+        keys, values, gates = step.pool.tokens(torch.full_like(evicted, request), evicted)
+        g, b = decay_and_rate(memory, gates.float(), step.A_log)
+        state = step.pool.states(step.requests[request : request + 1])
         if int(evicted[0]) == step.setting.sinks:
             state = torch.zeros_like(state)
         q, k = l2_normalize(step.query[rows].double()), l2_normalize(keys.double())
+        q = F.pad(q, (0, 0, 0, 0, before, 0))
         recurrence = naive_recurrence if len(q) < CHUNKED_FROM else chunk_recurrence
-        o, state = recurrence(*(x[None] for x in (q, k, values.double(), g, b)), step.scale, memory.delta, state)
-        reads.append(o[0])
-        states.append(state[0])
+        tokens = [x[None] for x in (q, k, values.double(), g, b)]
+        o, last = recurrence(*tokens, step.scale, memory.delta, state)
+        reads.append(o[0, before:])
+        if not settled:
+            states.append(last[0])
+        elif rule.boundary(length) == rule.boundary(computed):
+            states.append(step.pool.states(step.requests[request : request + 1])[0].double())
+        else:
+            count = rule.absorbed(rule.boundary(length)) - int(evicted[0])
+            _, last = recurrence(*(x[:, :count] for x in tokens), step.scale, memory.delta, state)
+            states.append(last[0])
     return torch.cat(reads), torch.stack(states)
 
 
 def verify_memory(
-    kernel: str, step: Step, requests: list[int], compute: Callable[[], torch.Tensor], *, mean: float, most: float
+    kernel: str,
+    step: Step,
+    requests: list[int],
+    compute: Callable[[], torch.Tensor],
+    *,
+    settled: bool = False,
+    mean: float,
+    most: float,
 ) -> torch.Tensor:
     """Compare what ``requests`` read with the oracle's, and their states; all other pages are to stay as they are.
 
     Returns what ``compute`` does: reads, one for each request of the batch if they are `Step.o`.
     """
-    wanted, states = memory_reads(step, requests)
+    wanted, states = memory_reads(step, requests, settled=settled)
     who = step.requests[requests]
     before = step.pool.other_pages(who).clone()
     o = compute()
     compare(f"{kernel}'s reads, {step}", o[requests] if o is step.o else o, wanted, mean=mean, most=most)
-    compare(f"{kernel}'s states, {step}", step.pool.states(who), states, mean=mean, most=most)
+    got, known = step.pool.states(who), ~states.isnan().flatten(1).any(1)  # a fresh state is not written yet
+    compare(f"{kernel}'s states, {step}", got[known], states[known], mean=mean, most=most)
     untouched(f"pages beside states after {kernel}, {step}", step.pool.other_pages(who), before)
     return o
 

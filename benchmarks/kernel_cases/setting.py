@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kernel_cases.timing import Timer, Times
+from vllm_ahn.kernels.settled import Settling
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Setting:
     def capacity(self) -> int:
         """W + S."""
         return self.window + self.sinks
+
+    @property
+    def rule(self) -> Settling:
+        """Of boundaries; without prefix caching and drafts a request has one state."""
+        return Settling(self.window, self.sinks)
 
     def sizes(self) -> dict[str, Any]:
         """Return all but the device, for a result."""

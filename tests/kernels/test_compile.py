@@ -15,11 +15,11 @@ REPORT = BENCHMARKS / "compile_report.py"
 KERNELS = {
     "compact_kernel",
     "copy_states_kernel",
-    "decode_kernel",
-    "decode_reads_kernel",
+    "find_steps_kernel",
     "gated_squares_kernel",
     "gather_kernel",
     "read_out_kernel",
+    "steps_kernel",
     "write_kernel",
 }
 BENCHMARKS_OWN = {"attend_kernel", "add_up_kernel"}

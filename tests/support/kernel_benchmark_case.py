@@ -76,13 +76,13 @@ def main(folder: Path) -> None:
     run.benchmark(setting, ["write"], None, ["Mamba2"], folder / "late.json", minutes=-1)
     assert run.main("", ["--cases", "write", "--json", str(folder / "command.json")], "cpu") == 0
 
-    right = layer.decode_memory
+    right = layer.absorb_and_read_steps
 
     def wrong(*args: Any, **kwargs: Any) -> None:
         right(*args, **kwargs)
-        args[7].mul_(1.001)
+        args[8].mul_(1.001)
 
-    layer.decode_memory = wrong
+    layer.absorb_and_read_steps = wrong
     run.benchmark(setting, ["decode", "write"], None, ["DeltaNet"], folder / "wrong.json")
 
 

@@ -2,10 +2,14 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
+from kernel_cases.decode import state_bytes
 from support.settled_case import SettledCase
 from vllm_ahn.kernels.settled import Settling
 from vllm_ahn.kernels.steps import Steps
@@ -160,3 +164,51 @@ def test_what_does_not_fit_is_refused() -> None:
     case.state_table = case.state_table[:, :1]
     with pytest.raises(ValueError, match="too narrow"):
         Stepper(1)(case, query, steps)
+
+
+@pytest.mark.parametrize("head_size, most", [(64, 0.62), (128, 0.6)])
+def test_bytes_of_states_that_decodes_move(head_size: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from the kernel's own loads and stores in state pages, from one boundary to the next.
+
+    Against a kernel that reads and writes the whole state in every step.
+    """
+    case = SettledCase(Settling(16, 16), heads=1, kv_heads=1, head_size=head_size, num_requests=1, transposed=False)
+    cache = case.window.pages
+    is_state = torch.zeros(len(cache), dtype=torch.bool)
+    is_state[case.state_table[0].long()] = True
+    is_state[0] = False
+    page_bytes = cache.stride(0) * cache.element_size()
+    moved = 0
+
+    def count(ptrs: np.ndarray, mask: np.ndarray, item: int) -> None:
+        nonlocal moved
+        block = (ptrs.astype(np.int64) - cache.data_ptr()) // page_bytes
+        inside = mask & (block >= 0) & (block < len(cache))
+        moved += item * int(is_state.numpy()[block[inside]].sum())
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        count(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return load(self, ptrs, mask, *rest)
+
+    def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+    by_step = []
+    for computed in range(32, 96):
+        moved = 0
+        steps = Steps(*(torch.tensor([x]) for x in (0, 0, 1, computed)))
+        Stepper(1)(case, case.query[0, computed : computed + 1], steps)
+        by_step.append(moved)
+    square = 4 * head_size**2
+    first, *periods = (by_step[start : start + 16] for start in range(0, 64, 16))
+    assert sum(first) < sum(periods[0])  # a fresh state is not read
+    for period in periods:
+        assert [moved >= 2 * square for moved in period] == [False] * 15 + [True]
+        share = sum(period) / (16 * 2 * square)
+        assert share == pytest.approx(state_bytes(case.spec, head_size) / (2 * square), rel=0.01)
+        assert share <= most
