@@ -83,4 +83,18 @@ def layer_specs(
     )
     if config.memory is None:
         return window, None
-    return window, state_spec(state_layout(config, sizes, layout.page_bytes), rule, block_size=block_size, dtype=dtype)
+    state = state_spec(
+        state_layout(config, sizes, layout.page_bytes),
+        rule,
+        block_size=block_size,
+        dtype=dtype,
+        checkpoint_interval=checkpoint_interval(config, vllm_config),
+    )
+    return window, state
+
+
+def checkpoint_interval(config: AHNConfig, vllm_config: VllmConfig) -> int:
+    """Tokens of a prompt between checkpoints: as was asked for, else as many as a step may have."""
+    if config.checkpoint_interval is not None:
+        return config.checkpoint_interval
+    return vllm_config.scheduler_config.max_num_batched_tokens

@@ -107,6 +107,8 @@ class AHNStateSpec(_OwnGroup):
     """Says from when on a request has a state, and how many slots it takes."""
     num_pages: int
     """Pages of one slot."""
+    checkpoint_interval: int = 0
+    """Within a prompt, one checkpoint goes to the prefix cache behind each multiple of so many tokens; 0 for none."""
 
     @property
     def capacity(self) -> int:
@@ -117,10 +119,6 @@ class AHNStateSpec(_OwnGroup):
     def pages_per_request(self) -> int:
         """Pages of all slots of a request."""
         return self.settling.num_slots * self.num_pages
-
-    @property
-    def prefix_cacheable(self) -> bool:
-        return False
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -162,7 +160,9 @@ def window_spec(
     )
 
 
-def state_spec(layout: StatePageLayout, settling: Settling, *, block_size: int, dtype: torch.dtype) -> AHNStateSpec:
+def state_spec(
+    layout: StatePageLayout, settling: Settling, *, block_size: int, dtype: torch.dtype, checkpoint_interval: int = 0
+) -> AHNStateSpec:
     """The spec of a layer's compressed memory, on pages of ``layout.page_bytes``.
 
     ``dtype`` is the window pages' dtype, not the state's: vLLM would zero new blocks of a cache with two dtypes, which
@@ -180,4 +180,5 @@ def state_spec(layout: StatePageLayout, settling: Settling, *, block_size: int, 
         dcp_sharded=False,
         settling=settling,
         num_pages=layout.num_pages,
+        checkpoint_interval=checkpoint_interval,
     )
