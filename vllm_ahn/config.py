@@ -196,9 +196,9 @@ def parse_length(value: object) -> object:
 
 def _check_length(name: str, value: object, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_LENGTH:
+        flag = f"--ahn-{name.replace('_', '-')}"
         raise AHNError(
-            f"ahn: {name} (--ahn-{name.replace('_', '-')}) is {value!r}, expected a whole number of tokens from {least} "
-            f"to {MAX_LENGTH:,}"
+            f"ahn: {name} ({flag}) is {value!r}, expected a whole number of tokens from {least} to {MAX_LENGTH:,}"
         )
     return value
 

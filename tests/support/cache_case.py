@@ -21,9 +21,7 @@ def specs(
 ) -> tuple[AHNWindowSpec, AHNStateSpec]:
     layout = WindowPageLayout(2, 64, num_heads, block_size, torch.bfloat16)
     states = StatePageLayout(num_heads, 64, layout.page_bytes, kept=GRANULARITY)
-    settling = Settling.of(
-        window, sinks, block_size=block_size, caches_prefixes=caches_prefixes, speculates=speculates
-    )
+    settling = Settling.of(window, sinks, block_size=block_size, caches_prefixes=caches_prefixes, speculates=speculates)
     return (
         window_spec(layout, settling, max_in_flight_tokens=max_in_flight_tokens, retain_all=retain_all),
         state_spec(

@@ -5,12 +5,24 @@ hash of the block that ends there, which covers all tokens before it as well as 
 appended.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 from vllm_ahn.plugin.compat import register_block
+
+_boundaries: WeakKeyDictionary[BlockPool, defaultdict[str, set[int]]] = WeakKeyDictionary()
+
+
+def checkpoints_of_requests(pool: BlockPool) -> defaultdict[str, set[int]]:
+    """Return what the managers of one pool share: the boundaries, in tokens, of each request's checkpoints.
+
+    Those that it has hit or left behind while it runs, some of which may have been evicted since.
+    """
+    return _boundaries.setdefault(pool, defaultdict(set))
 
 
 def page_key(block_hash: BlockHash, page: int) -> BlockHash:

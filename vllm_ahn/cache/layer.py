@@ -80,6 +80,7 @@ def layer_specs(
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         retain_all=bool(config.full_attention_layers),
         max_drafts=vllm_config.num_speculative_tokens,
+        checkpointed=config.memory is not None and bool(vllm_config.cache_config.enable_prefix_caching),
     )
     if config.memory is None:
         return window, None

@@ -35,6 +35,8 @@ class AHNWindowSpec(_OwnGroup):
     """Keep every block, for models in which some layers are plain full attention."""
     max_drafts: int = 0
     """Most drafts of a request in a step, which are verified together with its next token."""
+    checkpointed: bool = False
+    """Prefixes are cached, and beyond ``W + S`` a hit needs a checkpoint of the state."""
 
     @property
     def window(self) -> int:
@@ -64,8 +66,10 @@ class AHNWindowSpec(_OwnGroup):
         """
         if self.retain_all:
             return 0
-        # Of the boundary at the end of a block, the last that a hit in the prefix cache can resume from.
-        boundary = self.settling.boundary(num_settled_tokens) // self.block_size * self.block_size
+        # Of the boundary at the end of a block, the last that a hit in the prefix cache can resume from; the same tokens
+        # again hit one less than all of them.
+        num_tokens = num_settled_tokens - 1 if self.checkpointed else num_settled_tokens
+        boundary = self.settling.boundary(num_tokens) // self.block_size * self.block_size
         return max(0, boundary - self.window) // self.block_size
 
     def num_held_blocks(self, num_tokens: int, num_settled_tokens: int) -> int:
@@ -91,7 +95,7 @@ class AHNWindowSpec(_OwnGroup):
         all_blocks = cdiv(max_model_len, self.block_size)
         if self.retain_all:
             return all_blocks
-        behind = self.block_size - 1 + self.max_in_flight_tokens
+        behind = self.block_size - (not self.checkpointed) + self.max_in_flight_tokens
         moving = cdiv(self.window, self.block_size) + cdiv(behind, self.block_size)
         return min(self.sink_blocks + moving, all_blocks)
 
@@ -144,6 +148,7 @@ def window_spec(
     max_in_flight_tokens: int = 0,
     retain_all: bool = False,
     max_drafts: int = 0,
+    checkpointed: bool = False,
 ) -> AHNWindowSpec:
     """The spec of a layer's lossless memory."""
     return AHNWindowSpec(
@@ -157,6 +162,7 @@ def window_spec(
         max_in_flight_tokens=max_in_flight_tokens,
         retain_all=retain_all,
         max_drafts=max_drafts,
+        checkpointed=checkpointed,
     )
 
 

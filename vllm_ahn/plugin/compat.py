@@ -86,9 +86,7 @@ def layer_name_codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
     return _encode_layer_name, _resolve_layer_name
 
 
-def register_block(
-    pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock, group_id: int, num_tokens: int
-) -> None:
+def register_block(pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock, group_id: int, num_tokens: int) -> None:
     """Let requests find `block`, which has no hash, by `block_hash` in the cache group `group_id`.
 
     vLLM's public function takes whole rows of a request's blocks, one for each of its block hashes.
@@ -112,9 +110,7 @@ def leave_out_cache_events(pool: BlockPool, group_id: int) -> None:
         removed([block_hash for block_hash in block_hashes if get_group_id(block_hash) != group_id])
 
     @wraps(cached)
-    def emit_cached_block_events(
-        request: Any, num_cached_blocks: int, block_size: int, kv_cache_group_id: int
-    ) -> None:
+    def emit_cached_block_events(request: Any, num_cached_blocks: int, block_size: int, kv_cache_group_id: int) -> None:
         if kv_cache_group_id != group_id:
             cached(request, num_cached_blocks, block_size, kv_cache_group_id)
 

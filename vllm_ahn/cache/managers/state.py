@@ -26,7 +26,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_ahn.cache.checkpoints import find_checkpoint, register_checkpoint
+from vllm_ahn.cache.checkpoints import checkpoints_of_requests, find_checkpoint, register_checkpoint
 from vllm_ahn.cache.specs import AHNStateSpec
 from vllm_ahn.plugin.compat import leave_out_cache_events
 
@@ -66,6 +66,7 @@ class AHNStateManager(SingleTypeKVCacheManager):
         """Requests' own pages that others find until this step is scheduled: those of hits that were taken."""
         self._scheduled: dict[str, None] = {}
         """Requests of this step that may still make checkpoints, in order."""
+        self._checkpoints = checkpoints_of_requests(self.block_pool)
         if self.block_pool.enable_kv_cache_events:
             leave_out_cache_events(self.block_pool, self.kv_cache_group_id)
 
@@ -102,6 +103,7 @@ class AHNStateManager(SingleTypeKVCacheManager):
             self.block_pool.touch(new_computed_blocks)
             self._hits[request_id] = _Hit(boundary, list(new_computed_blocks), taken)
             self._progress[request_id] = _Progress(resumed_at=boundary, saved_at=boundary)
+            self._checkpoints[request_id].add(boundary)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         held = self.req_to_blocks[request_id]
@@ -158,7 +160,7 @@ class AHNStateManager(SingleTypeKVCacheManager):
         self._lent.clear()
         for name in self._scheduled:
             for boundary, block_hash in self._wanted(self._progress[name]):
-                copies += self._save(boundary, block_hash, self._slot(self.req_to_blocks[name], boundary))
+                copies += self._save(name, boundary, block_hash)
         self._scheduled.clear()
         return copies
 
@@ -171,13 +173,14 @@ class AHNStateManager(SingleTypeKVCacheManager):
             self.block_pool.move_block_hashes(page, copy)
         return copies
 
-    def _save(
-        self, boundary: int, block_hash: BlockHash, pages: Sequence[KVCacheBlock]
-    ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        if self._is_cached(block_hash) or self.block_pool.get_num_free_blocks() < self.num_pages:
-            return []
-        copies = self._copy(pages)
-        self._register(boundary, block_hash, [copy for _, copy in copies])
+    def _save(self, name: str, boundary: int, block_hash: BlockHash) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        copies = []
+        if not self._is_cached(block_hash):
+            if self.block_pool.get_num_free_blocks() < self.num_pages:
+                return []
+            copies = self._copy(self._slot(self.req_to_blocks[name], boundary))
+            self._register(boundary, block_hash, [copy for _, copy in copies])
+        self._checkpoints[name].add(boundary)
         return copies
 
     def _copy(self, pages: Sequence[KVCacheBlock]) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
@@ -220,8 +223,9 @@ class AHNStateManager(SingleTypeKVCacheManager):
         hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, self.block_size)
         for index in dict.fromkeys((least // self.block_size, (least - 1) // self.block_size)):
             boundary = index * self.block_size
-            reused_at = boundary + self.spec.settling.turns * self.block_size
-            if max(self.spec.capacity + 1, progress.resumed_at) <= boundary <= most < reused_at and index <= len(hashes):
+            used_again_at = boundary + self.spec.settling.turns * self.block_size
+            is_there = boundary >= progress.resumed_at and most < used_again_at
+            if boundary > self.spec.capacity and is_there and index <= len(hashes):
                 yield boundary, hashes[index - 1]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -229,6 +233,7 @@ class AHNStateManager(SingleTypeKVCacheManager):
         held = super().pop_blocks_for_free(request_id)
         progress = self._progress.pop(request_id, None)
         self._scheduled.pop(request_id, None)
+        self._checkpoints.pop(request_id, None)
         if self._lent.pop(request_id, None) is None and progress is not None and held:
             for boundary, block_hash in self._settled(progress):
                 if not self._is_cached(block_hash):

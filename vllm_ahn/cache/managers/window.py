@@ -9,6 +9,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_blo
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_ahn.cache.checkpoints import checkpoints_of_requests
 from vllm_ahn.cache.specs import AHNWindowSpec
 
 
@@ -27,13 +28,35 @@ class AHNWindowManager(SingleTypeKVCacheManager):
         self.max_admission_blocks_per_request = (
             None if kv_cache_spec.retain_all else kv_cache_spec.max_admission_blocks_per_request(2**62)
         )
+        self._checkpoints = checkpoints_of_requests(self.block_pool)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free the blocks that lie wholly inside ``[S, n - W)`` once ``n`` tokens are computed."""
         first_kept = self.spec.first_kept_block(processed_computed_tokens)
+        if self.spec.checkpointed:
+            self._forget_useless_blocks(request_id, first_kept)
         self._remove_blocks_in_range(request_id, self.spec.sink_blocks, first_kept)
+
+    def _forget_useless_blocks(self, request_id: str, first_kept: int) -> None:
+        """Take blocks that no hit can use any more out of the prefix cache before they are freed.
+
+        Each would push out one that may still serve: freed blocks go the faster the longer ago they were used, but
+        those without a hash first of all. Up to ``W + S`` every block serves, and beyond that the window of a
+        checkpoint.
+        """
+        spec, blocks = self.spec, self.req_to_blocks.get(request_id, [])
+        boundaries = self._checkpoints.get(request_id, ())
+        first = max(spec.sink_blocks, spec.capacity // spec.block_size)
+        for index in range(min(first_kept, len(blocks)) - 1, first - 1, -1):
+            block = blocks[index]
+            if block.is_null:
+                break
+            start = index * spec.block_size
+            serves = any(start < boundary <= start + spec.window + spec.block_size - 1 for boundary in boundaries)
+            if block.ref_cnt == 1 and block.block_hash is not None and not serves:
+                self.block_pool.evict_blocks({block.block_id})
 
     def get_num_blocks_to_allocate(
         self,
@@ -96,19 +119,22 @@ class AHNWindowManager(SingleTypeKVCacheManager):
         def cached(index: int) -> list[KVCacheBlock] | None:
             return block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
 
-        max_dense = max_length if spec.retain_all else min(max_length, spec.capacity)
+        num_blocks = max_length // spec.block_size
+        num_dense = num_blocks if spec.retain_all else min(num_blocks, spec.capacity // spec.block_size)
         found: list[list[KVCacheBlock]] = []
-        for index in range(max_dense // spec.block_size):
+        # Sinks may end in a block that reaches beyond W + S.
+        for index in range(min(num_blocks, max(num_dense, spec.sink_blocks))):
             blocks = cached(index)
             if blocks is None:
                 break
             found.append(blocks)
-        if max_length > max_dense and len(found) >= spec.sink_blocks:
-            end, run = _last_run(cached, max_length // spec.block_size, cdiv(spec.window, spec.block_size))
-            if end * spec.block_size > spec.capacity:
+        if num_blocks > num_dense and len(found) >= spec.sink_blocks:
+            end, run = _last_run(cached, num_blocks, cdiv(spec.window, spec.block_size))
+            if end > num_dense:
                 sinks = found[: min(spec.sink_blocks, end - len(run))]
                 between = [[block_pool.null_block for _ in groups]] * (end - len(run) - len(sinks))
-                found = sinks + between + run
+                num_dense, found = end, sinks + between + run
+        found = found[:num_dense]
         return tuple([blocks[group] for blocks in found] for group in groups), len(found) * spec.block_size
 
 
