@@ -66,8 +66,8 @@ class AHNWindowSpec(_OwnGroup):
         """
         if self.retain_all:
             return 0
-        # Of the boundary at the end of a block, the last that a hit in the prefix cache can resume from; the same tokens
-        # again hit one less than all of them.
+        # Of the boundary at the end of a block, the last that a hit in the prefix cache can resume from: if the same
+        # tokens come again, it has to be before the last of them.
         num_tokens = num_settled_tokens - 1 if self.checkpointed else num_settled_tokens
         boundary = self.settling.boundary(num_tokens) // self.block_size * self.block_size
         return max(0, boundary - self.window) // self.block_size

@@ -40,7 +40,10 @@ FLAG_OF_KEY = {
 }
 """Key of ``additional_config["ahn"]`` -> the flag of ``vllm serve`` that means the same."""
 
-CHANGED = ("additional_config", "hf_overrides")
+DEFAULT_CPU_BLOCK_SIZE = 32
+"""Tokens in a block on CPUs, where the user leaves that open. vLLM's 128 would be coarse for prefix caching."""
+
+CHANGED = ("additional_config", "block_size", "hf_overrides")
 """The fields of `EngineArgs` that differ between a user's arguments and the copy that is served."""
 
 
@@ -171,6 +174,8 @@ def resolve(args: EngineArgs) -> Resolved:
         max_model_len=requested if isinstance(requested, int) else None,
     )
     served = copy.copy(args)
+    if args.block_size is None and features.device_type == "cpu":
+        served.block_size = DEFAULT_CPU_BLOCK_SIZE
     served.additional_config = {**(args.additional_config or {}), "ahn": config.to_dict()}
     if callable(args.hf_overrides):
         served.hf_overrides = overrides.ConfigOverrides(args.hf_overrides, changed)

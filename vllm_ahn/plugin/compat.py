@@ -114,5 +114,5 @@ def leave_out_cache_events(pool: BlockPool, group_id: int) -> None:
         if kv_cache_group_id != group_id:
             cached(request, num_cached_blocks, block_size, kv_cache_group_id)
 
-    pool._emit_block_removed_events = emit_block_removed_events  # type: ignore[method-assign]
-    pool.emit_cached_block_events = emit_cached_block_events  # type: ignore[method-assign]
+    pool._emit_block_removed_events = emit_block_removed_events
+    pool.emit_cached_block_events = emit_cached_block_events
