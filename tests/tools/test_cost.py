@@ -198,6 +198,7 @@ GOOD = QWEN2_5["3B"]
         (GOOD, "--block-size 100", "--block-size is 100, expected one of 16, 32"),
         (GOOD, "-tp 3", "--tensor-parallel-size is 3, expected a divisor of the model's 16 heads"),
         (GOOD, "-tp 0", "--tensor-parallel-size is 0, expected a number above 0"),
+        (GOOD, "--spec-tokens 16", "--spec-tokens is 16, expected a number from 0 to 15"),
         (GOOD, "--sequences-in nan", "--sequences-in is nan, expected a number above 0"),
         (GOOD, "--plot cost.gif", "--plot is cost.gif, expected a file name that ends in .png, .svg or .pdf"),
         (GOOD, "--plot nowhere/cost.png", "--plot is nowhere/cost.png, expected a file in a folder that exists"),

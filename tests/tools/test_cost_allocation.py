@@ -135,7 +135,7 @@ def test_slots_of_an_engine(arguments: dict[str, Any], slots: int, tmp_path: Pat
     check(allocation, what_the_engine_reports(config))
     parts = allocation.parts()
     assert parts["slots"] == parts["state"] * (slots * (128 + 16) - 128) // 128
-    window, state = allocation.specs
+    state = allocation.specs[1]
     assert isinstance(state, AHNStateSpec)
     assert state.pages_per_request == slots * state.num_pages
     assert allocation.checkpoint_blocks == (state.num_pages if config.cache_config.enable_prefix_caching else 0)

@@ -16,7 +16,6 @@ from vllm_ahn.bases import BASES
 from vllm_ahn.config import STATE_DTYPES, AHNConfig
 from vllm_ahn.device import runs_triton
 from vllm_ahn.errors import AHNError
-from vllm_ahn.kernels.settled import GRANULARITY
 from vllm_ahn.plugin import readers
 from vllm_ahn.plugin.readers import has_flash_attention
 
@@ -33,6 +32,9 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 
 SPEC_METHODS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
 """vLLM's ways to make drafts that need no cache of their own."""
+
+MAX_SPEC_TOKENS = 15
+"""Drafts of a step: with the token before them they are not more than `vllm_ahn.kernels.settled.GRANULARITY`."""
 
 GPU_BACKENDS = ("TRITON_ATTN", "FLASH_ATTN")
 """The kernels that AHN layers attend with on GPUs, as ``--attention-backend`` calls them; without it the first."""
@@ -171,9 +173,9 @@ SETTINGS: tuple[Setting, ...] = (
         "spec_tokens", ("--speculative-config", "--spec-tokens"), None,
         readers.spec_tokens, readers.of_speculation("num_speculative_tokens"),
         (Limit(
-            lambda f: f.spec_tokens is None or f.spec_tokens < GRANULARITY,
+            lambda f: f.spec_tokens is None or f.spec_tokens <= MAX_SPEC_TOKENS,
             "AHN takes back at most one boundary of its memory, and steps of {f.spec_tokens} drafts may cross more: "
-            f"--spec-tokens (num_speculative_tokens) is expected to be at most {GRANULARITY - 1}",
+            f"--spec-tokens (num_speculative_tokens) is expected to be at most {MAX_SPEC_TOKENS}",
         ),
         Limit(
             lambda f: f.spec_tokens is None or f.window is None or f.spec_tokens < f.window,

@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig, check_sinks, check_window
 from vllm_ahn.errors import AHNError
-from vllm_ahn.kernels.settled import GRANULARITY
 from vllm_ahn.memory.spec import SHORT_NAMES
+from vllm_ahn.plugin.limits import MAX_SPEC_TOKENS
 from vllm_ahn.tools.arguments import add_state_dtype
 from vllm_ahn.tools.cost.curves import check_plot
 from vllm_ahn.tools.quiet import quiet_vllm
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
             raise AHNError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected a number above 0")
     if args.plot is not None:
         check_plot(args.plot)
-    if not 0 <= args.spec_tokens < GRANULARITY:
-        raise AHNError(f"--spec-tokens is {args.spec_tokens}, expected a number from 0 to {GRANULARITY - 1}")
+    if not 0 <= args.spec_tokens <= MAX_SPEC_TOKENS:
+        raise AHNError(f"--spec-tokens is {args.spec_tokens}, expected a number from 0 to {MAX_SPEC_TOKENS}")
     quiet_vllm()
     from vllm_ahn.tools.cost.allocation import EngineSettings
     from vllm_ahn.tools.cost.report import Question, build_report, compared_configs
