@@ -28,6 +28,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"spec_method": "eagle3"}, "method 'eagle3' yet"),
     ({"spec_method": "mtp"}, "method 'mtp' yet"),
+    ({"spec_method": "ngram_gpu"}, "'ngram_gpu' on GPUs only.*ngram on CPUs"),
     ({"spec_tokens": 16}, "steps of 16 drafts.*--spec-tokens.*at most 15"),
     ({"spec_tokens": 8, "window": 8}, "--ahn-window is 8, expected more than the 8 drafts"),
     ({"prefix_cache_retention_interval": 64}, "--prefix-cache-retention-interval 64.*--ahn-checkpoint-interval"),
@@ -143,7 +144,7 @@ def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> Non
 @pytest.mark.parametrize(
     "change",
     [
-        *({"spec_method": method, "spec_tokens": 15} for method in SPEC_METHODS),
+        *({"spec_method": method, "spec_tokens": 15, "device_type": "cuda"} for method in SPEC_METHODS),
         {"spec_tokens": 7, "window": 8},
         {"prefix_cache_retention_interval": None},
         {"block_size": 16},
@@ -181,7 +182,6 @@ def test_refused_by_the_whole_configuration_alone(tiny: TinyPaths) -> None:
     [
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": MAX_SPEC_TOKENS}},
         {"spec_model": "ngram", "spec_tokens": 4},
-        {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 4}},
         {"speculative_config": {"model": "some.module.Proposer", "num_speculative_tokens": 4}},
         {"prefix_cache_retention_interval": 0},
     ],

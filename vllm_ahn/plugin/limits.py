@@ -167,7 +167,11 @@ SETTINGS: tuple[Setting, ...] = (
             lambda f: f.spec_method in (None, *SPEC_METHODS),
             "AHN does not work with drafts of method {f.spec_method!r} yet, which would take a third group of cache "
             f"blocks: --spec-method is expected to be one of {_list(SPEC_METHODS)}",
-        ),),
+        ),
+        Limit(
+            lambda f: f.spec_method != "ngram_gpu" or f.device_type != "cpu",
+            "vLLM makes drafts of method 'ngram_gpu' on GPUs only: --spec-method is expected to be ngram on CPUs",
+        )),
     ),
     Setting(
         "spec_tokens", ("--speculative-config", "--spec-tokens"), None,
