@@ -65,6 +65,10 @@ class AHNConfig:
     state_dtype: str = STATE_DTYPES[0]
     """In which dtype the memory's state is kept between steps: one of `STATE_DTYPES`. Arithmetic is float32."""
 
+    checkpoint_interval: int | None = None
+    """Tokens of a prompt between two checkpoints in the prefix cache; 0 for none before its end, None for as many as a
+    step may have (``max_num_batched_tokens``)."""
+
     def __post_init__(self) -> None:
         if self.memory is not None and self.memory not in tuple(MEMORIES):
             raise AHNError(f"ahn: memory is {self.memory!r}, expected one of {', '.join(MEMORIES)}, or None")
@@ -86,6 +90,7 @@ class AHNConfig:
             check_q_proj(self.memory, "ahn")
         if self.state_dtype not in STATE_DTYPES:
             raise AHNError(f"ahn: state_dtype is {self.state_dtype!r}, expected one of {', '.join(STATE_DTYPES)}")
+        check_checkpoint_interval(self.checkpoint_interval)
         layers = self.full_attention_layers
         if not isinstance(layers, tuple) or not all(_is_int(n) and n >= 0 for n in layers):
             raise AHNError(f"ahn: full_attention_layers is {layers!r}, expected a tuple of layer numbers from 0")
@@ -173,6 +178,12 @@ def check_sinks(value: object) -> int:
     return _check_length("sinks", value, 0)
 
 
+def check_checkpoint_interval(value: object) -> int | None:
+    """Return `value` if it can be a checkpoint interval (tokens, an int of at least 0, or None), else raise
+    `AHNError`."""
+    return None if value is None else _check_length("checkpoint_interval", value, 0)
+
+
 def parse_length(value: object) -> object:
     """Return the int that a string of decimal digits spells, and anything else as it is, for `AHNConfig` to check.
 
@@ -185,8 +196,9 @@ def parse_length(value: object) -> object:
 
 def _check_length(name: str, value: object, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_LENGTH:
+        flag = f"--ahn-{name.replace('_', '-')}"
         raise AHNError(
-            f"ahn: {name} (--ahn-{name}) is {value!r}, expected a whole number of tokens from {least} to {MAX_LENGTH:,}"
+            f"ahn: {name} ({flag}) is {value!r}, expected a whole number of tokens from {least} to {MAX_LENGTH:,}"
         )
     return value
 

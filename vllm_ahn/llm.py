@@ -24,6 +24,7 @@ class LLM(vllm.LLM):
         ahn: str | None = None,
         ahn_window: int | None = None,
         ahn_sinks: int | None = None,
+        ahn_checkpoint_interval: int | None = None,
         additional_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -34,11 +35,19 @@ class LLM(vllm.LLM):
                 and sinks without a memory.
             ahn_window: W, tokens that a query sees exactly, itself included; 32640 if not given.
             ahn_sinks: S, tokens at the start that stay visible beside the window; 128 if not given.
-            additional_config: vLLM's, in which these three are put under ``"ahn"``.
+            ahn_checkpoint_interval: with prefix caching, tokens of a prompt between two checkpoints of the memory, 0
+                for one at its end only; vLLM's ``max_num_batched_tokens`` if not given.
+            additional_config: vLLM's, in which these are put under ``"ahn"``.
             kwargs: any other argument of `vllm.LLM`.
         """
         plugin.require()
-        extra = arguments.with_flags(additional_config or {}, checkpoint=ahn, window=ahn_window, sinks=ahn_sinks)
+        extra = arguments.with_flags(
+            additional_config or {},
+            checkpoint=ahn,
+            window=ahn_window,
+            sinks=ahn_sinks,
+            checkpoint_interval=ahn_checkpoint_interval,
+        )
         # An empty request is valid only for a merged model; never fall back to the plain model.
         extra = {**extra, "ahn": extra.get("ahn") or {}}
         super().__init__(model, additional_config=extra, **kwargs)

@@ -71,7 +71,9 @@ def counted(row: str, context: int) -> int:
     shape = ModelShape(
         layers=2, hidden=128, heads=4, kv_heads=2, head_size=32, intermediate=256, vocabulary=512, dtype="float32"
     )
-    settings = EngineSettings("float32", block_size=32, max_num_batched_tokens=64, async_scheduling=False)
+    settings = EngineSettings(
+        "float32", block_size=32, max_num_batched_tokens=64, async_scheduling=False, enable_prefix_caching=False
+    )
     if row == "full":
         return full_attention(shape, settings, context, "float32").held_bytes
     config = AHNConfig("GatedDeltaNet" if row == "ahn-gdn" else None, WINDOW, SINKS)

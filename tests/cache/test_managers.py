@@ -29,7 +29,7 @@ def test_specs_share_a_page_size_and_never_a_group() -> None:
     assert window.dtype == state.dtype
     assert not window.is_uniform_with_collection({"a": window, "b": state})
     assert not state.is_uniform_with_collection({"b": state, "a": window})
-    assert not state.prefix_cacheable
+    assert window.prefix_cacheable and state.prefix_cacheable
 
 
 @pytest.mark.parametrize("max_model_len, has_state", [(110, False), (111, True), (100_000, True)])
@@ -38,21 +38,24 @@ def test_memory_of_the_longest_request(max_model_len: int, has_state: bool) -> N
     blocks = min(cdiv(max_model_len, 16), 1 + cdiv(100 + 64, 16) + 1)
     vllm_config = config(max_model_len, 64)
     assert window.max_memory_usage_bytes(vllm_config) == blocks * window.page_size_bytes  # type: ignore[arg-type]
-    pages = state.num_pages if has_state else 0
+    pages = state.pages_per_request if has_state else 0
     assert state.max_memory_usage_bytes(vllm_config) == pages * state.page_size_bytes  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=[(24, 8), (24, 0), (33, 17), (50, 40)], ids=lambda p: f"W{p[0]}-S{p[1]}")
-def served(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, int, int]]:
-    window, sinks = request.param
+@pytest.fixture(
+    params=[(24, 8, False), (24, 0, True), (33, 17, False), (33, 17, True), (50, 40, True)],
+    ids=lambda p: f"W{p[0]}-S{p[1]}{'-caching' * p[2]}",
+)
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, int, int, bool]]:
+    window, sinks, caching = request.param
     ahn = {"checkpoint": str(GDN.ahn), "window": window, "sinks": sinks}
-    with engine(GDN.base, ahn, block_size=16, max_num_batched_tokens=40) as llm:
-        yield llm, window, sinks
+    with engine(GDN.base, ahn, block_size=16, max_num_batched_tokens=40, enable_prefix_caching=caching) as llm:
+        yield llm, window, sinks, caching
 
 
-def test_blocks_held_at_every_step(served: tuple[LLM, int, int]) -> None:
+def test_blocks_held_at_every_step(served: tuple[LLM, int, int, bool]) -> None:
     """From the first token to far past the window: what is needed is held, and hardly more."""
-    llm, window, sinks = served
+    llm, window, sinks, caching = served
     manager = cache_manager(llm)
     window_manager, state_manager = manager.coordinator.single_type_managers
     null = manager.block_pool.null_block
@@ -67,12 +70,13 @@ def test_blocks_held_at_every_step(served: tuple[LLM, int, int]) -> None:
             break
         total = request.num_computed_tokens
         held = {i for i, block in enumerate(window_manager.req_to_blocks[name]) if block is not null}
-        oldest_needed = max(0, computed - window)
+        # The state in the pages lags behind, up to a block; with prefix caching that is before the last token.
+        oldest_needed = max(0, max(computed - caching, window + sinks) // 16 * 16 - window)
         needed = {i // 16 for i in range(total) if i < sinks or i >= oldest_needed}
         assert held == needed
         assert len(held) == window_manager.spec.num_held_blocks(total, computed)
         states = state_manager.req_to_blocks.get(name, [])
-        assert len(states) == (state_manager.num_pages if total > window + sinks else 0)
+        assert len(states) == ((1 + caching) * state_manager.num_pages if total > window + sinks else 0)
         most = max(most, len(held))
     cap = window_manager.kv_cache_spec.max_admission_blocks_per_request(1024)
     assert most <= cap

@@ -16,6 +16,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -27,6 +29,7 @@ from vllm_ahn.bases import find_base
 from vllm_ahn.cache.managers import AHNStateManager, AHNWindowManager
 from vllm_ahn.cache.specs import AHNStateSpec, AHNWindowSpec, state_spec, window_spec
 from vllm_ahn.kernels.pages import StatePageLayout, WindowPageLayout
+from vllm_ahn.kernels.settled import Settling
 from vllm_ahn.models.ahn import cut_out_of_graphs
 from vllm_ahn.plugin import compat, register
 
@@ -68,9 +71,10 @@ def test_arguments_come_to_a_resolved_model(config: VllmConfig) -> None:
 
 def specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
     layout = WindowPageLayout(2, 128, 16, 32, torch.bfloat16)
-    window = window_spec(layout, window=512, sinks=64, max_in_flight_tokens=config.max_in_flight_tokens)
+    settling = Settling.of(512, 64, block_size=32, caches_prefixes=True, speculates=False)
+    window = window_spec(layout, settling, max_in_flight_tokens=config.max_in_flight_tokens)
     state = state_spec(
-        StatePageLayout(16, 128, layout.page_bytes), block_size=32, dtype=torch.bfloat16, capacity=window.capacity
+        StatePageLayout(16, 128, layout.page_bytes, kept=16), settling, block_size=32, dtype=torch.bfloat16
     )
     layers = [f"model.layers.{i}.self_attn.attn" for i in range(NUM_LAYERS)]
     return dict.fromkeys(layers, window) | {f"{layer}.state": state for layer in layers}
@@ -167,6 +171,29 @@ def test_interfaces_of_the_attention() -> None:
     assert takes(flash.get_scheduler_metadata, keywords(FlashAttention._work_out_schedule, "get_scheduler_metadata"))
     assert {"head_size", "kv_cache_block_size"} <= names(fa_utils.get_flash_attn_version)
     assert {"FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"} <= set(AttentionBackendEnum.__members__)
+
+
+def test_interfaces_of_the_scheduler() -> None:
+    """What the managers override, and what they call of the block pool's; tests/cache runs them in schedulers."""
+    for manager in (AHNWindowManager, AHNStateManager):
+        for name, method in vars(manager).items():
+            if name.startswith("_") or not inspect.isfunction(getattr(manager, name)):
+                continue
+            assert names(method) == names(getattr(SingleTypeKVCacheManager, name)), name
+        find = manager.find_longest_cache_hit
+        assert names(find) == names(SingleTypeKVCacheManager.find_longest_cache_hit)
+    assert "_pending_cow_copies" in inspect.getsource(SingleTypeKVCacheManager.__init__)
+    assert names(BlockPool._insert_block_hash) == {"self", "block_hash_with_group_id", "block", "num_tokens"}
+    assert names(BlockPool.move_block_hashes) == {"self", "src_block", "dst_block"}
+    assert names(BlockPool.evict_blocks) == {"self", "block_ids"}
+    assert names(BlockPool._emit_block_removed_events) == {"self", "block_hashes"}
+    assert names(BlockPool.emit_cached_block_events) == {
+        "self",
+        "request",
+        "num_cached_blocks",
+        "block_size",
+        "kv_cache_group_id",
+    }
 
 
 def test_interfaces_of_the_runners() -> None:

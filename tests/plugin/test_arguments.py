@@ -76,6 +76,24 @@ def test_every_way_in_gives_the_same(tiny: TinyPaths) -> None:
         assert model_config.max_model_len == 512
 
 
+def test_checkpoint_interval(tiny: TinyPaths) -> None:
+    base, flags = str(tiny.base), ("--ahn", tiny.ahn, "--ahn-window", WINDOW)
+    ways = [
+        from_command_line("--model", base, *flags, "--ahn-checkpoint-interval", 4096),
+        EngineArgs(model=base, additional_config=request_for(tiny, window=WINDOW, checkpoint_interval=4096)),
+    ]
+    for args in ways:
+        assert served(args)[0].checkpoint_interval == 4096
+    assert served(from_command_line("--model", base, *flags))[0].checkpoint_interval is None
+    assert (
+        served(from_command_line("--model", base, *flags, "--ahn-checkpoint-interval", 0))[0].checkpoint_interval == 0
+    )
+    with pytest.raises(AHNError, match=r"checkpoint_interval \(--ahn-checkpoint-interval\) is -1, expected .* from 0"):
+        served(from_command_line("--model", base, *flags, "--ahn-checkpoint-interval", -1))
+    with pytest.raises(AHNError, match="--ahn-checkpoint-interval without --ahn, expected a checkpoint"):
+        served(from_command_line("--model", base, "--ahn-checkpoint-interval", 4096))
+
+
 def test_defaults(tiny: TinyPaths) -> None:
     for args in (
         EngineArgs(model=str(tiny.base), additional_config={"ahn": str(tiny.ahn)}),
@@ -248,7 +266,14 @@ def test_flags_are_documented() -> None:
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     parser._search_keyword = "ahn"
     text = parser.format_help()
-    for part in ("AHN:", "--ahn CKPT[@revision]", "--ahn-window N", "--ahn-sinks N", "32640", "128"):
+    for part in (
+        "AHN:",
+        "--ahn CKPT[@revision]",
+        "--ahn-window N",
+        "--ahn-sinks N",
+        "--ahn-checkpoint-interval N",
+        "32640",
+    ):
         assert part in text
     parser._search_keyword = None
     assert "--ahn CKPT" in parser.format_help()

@@ -24,6 +24,7 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_ahn import AHNConfig
+from vllm_ahn.plugin.arguments import FLAG_OF_KEY
 from vllm_ahn.reference import from_folders
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
@@ -98,7 +99,7 @@ def probe(base: Path, **environment: str) -> dict[str, Any]:
 def test_a_process_without_an_ahn(tiny: TinyPaths) -> None:
     """Its arguments, its configuration, its help and its modules, with the plugin and without."""
     plain, ours = probe(tiny.base, VLLM_PLUGINS=""), probe(tiny.base)
-    assert set(ours.pop("flags")) - set(plain.pop("flags")) == {"--ahn", "--ahn-window", "--ahn-sinks"}
+    assert set(ours.pop("flags")) - set(plain.pop("flags")) == set(FLAG_OF_KEY.values())
     more = set(ours.pop("modules")) - set(plain.pop("modules"))
     package = {name for name in more if name.split(".")[0] == "vllm_ahn"}
     rest = {name for name in package if not name.startswith(("vllm_ahn.plugin.", "vllm_ahn.checkpoint."))}

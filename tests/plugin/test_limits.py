@@ -14,14 +14,24 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_ahn import AHNError
 from vllm_ahn.bases import BASES
+from vllm_ahn.kernels.settled import GRANULARITY
 from vllm_ahn.plugin import limits
-from vllm_ahn.plugin.limits import LOAD_FORMATS, SETTINGS, RequestedFeatures
+from vllm_ahn.plugin.limits import LOAD_FORMATS, MAX_SPEC_TOKENS, SETTINGS, SPEC_METHODS, RequestedFeatures
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
 load_general_plugins()
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"speculation": True}, "speculative decoding"),
+    (
+        {"spec_method": "draft_model"},
+        "method 'draft_model' yet.*one of ngram, .* custom_class$",
+    ),
+    ({"spec_method": "eagle3"}, "method 'eagle3' yet"),
+    ({"spec_method": "mtp"}, "method 'mtp' yet"),
+    ({"spec_method": "ngram_gpu"}, "'ngram_gpu' on GPUs only.*ngram on CPUs"),
+    ({"spec_tokens": 16}, "steps of 16 drafts.*--spec-tokens.*at most 15"),
+    ({"spec_tokens": 8, "window": 8}, "--ahn-window is 8, expected more than the 8 drafts"),
+    ({"prefix_cache_retention_interval": 64}, "--prefix-cache-retention-interval 64.*--ahn-checkpoint-interval"),
     ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
     ({"prefill_context_parallel_size": 4}, "--prefill-context-parallel-size 4"),
     ({"kv_connector": "SomeConnector"}, r"KV connectors.*\(SomeConnector\)"),
@@ -68,8 +78,13 @@ REFUSED_OF_FLASH_ATTENTION: list[tuple[dict[str, Any], str]] = [
 ]
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
-    ({"spec_method": "ngram", "spec_tokens": 2}, "speculative decoding"),
+    ({"speculative_config": {"model": "some/drafter", "num_speculative_tokens": 2}}, "method 'draft_model'"),
+    ({"spec_model": "some/drafter", "spec_tokens": 2}, "method 'draft_model'"),
+    ({"spec_method": "eagle", "spec_model": "some/head", "spec_tokens": 2}, "method 'eagle'"),
+    ({"speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}}, "method 'qwen3_next_mtp'"),
+    ({"speculative_config": {"method": "ngram", "num-speculative-tokens": 16}}, "at most 15"),
+    ({"spec_method": "ngram", "spec_tokens": 16}, "at most 15"),
+    ({"prefix_cache_retention_interval": 4096}, "--prefix-cache-retention-interval 4096"),
     ({"decode_context_parallel_size": 2}, "decode context parallelism"),
     ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
     ({"kv_offloading_size": 1}, "KV offloading"),
@@ -129,6 +144,9 @@ def test_refused_of_flash_attention(change: dict[str, Any], pattern: str) -> Non
 @pytest.mark.parametrize(
     "change",
     [
+        *({"spec_method": method, "spec_tokens": 15, "device_type": "cuda"} for method in SPEC_METHODS),
+        {"spec_tokens": 7, "window": 8},
+        {"prefix_cache_retention_interval": None},
         {"block_size": 16},
         {"block_size": 128},
         {"cache_dtype": "bfloat16", "model_dtype": "bfloat16"},
@@ -157,6 +175,40 @@ def test_refused_by_the_whole_configuration_alone(tiny: TinyPaths) -> None:
     """What the arguments do not show yet; the sentence comes out of pydantic's report as it went in."""
     with pytest.raises(AHNError, match=r"^AHN does not work with a KV cache of another dtype"):
         engine_args(tiny, dtype="float32", kv_cache_dtype="bfloat16").create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": MAX_SPEC_TOKENS}},
+        {"spec_model": "ngram", "spec_tokens": 4},
+        {"speculative_config": {"model": "some.module.Proposer", "num_speculative_tokens": 4}},
+        {"prefix_cache_retention_interval": 0},
+    ],
+    ids=str,
+)
+def test_not_refused_on_the_arguments(tiny: TinyPaths, asked: dict[str, Any]) -> None:
+    engine_args(tiny, **asked).create_engine_config()
+
+
+def test_steps_of_drafts_cross_one_boundary_at_most() -> None:
+    assert 1 + MAX_SPEC_TOKENS == GRANULARITY
+
+
+def test_more_drafts_than_a_window_has_tokens(tiny: TinyPaths) -> None:
+    args = engine_args(tiny, spec_method="ngram", spec_tokens=4)
+    args.additional_config["ahn"]["window"] = 4
+    with pytest.raises(AHNError, match="--ahn-window is 4, expected more than the 4 drafts of a step"):
+        args.create_engine_config()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 32), (16, 16), (128, 128)])
+def test_blocks_on_cpus(tiny: TinyPaths, asked: int | None, expected: int) -> None:
+    args = engine_args(tiny, block_size=asked)
+    for _ in range(2):
+        assert args.create_engine_config().cache_config.block_size == expected
+    assert args.block_size == asked
+    assert EngineArgs(model=str(tiny.base)).create_engine_config().cache_config.block_size == 128
 
 
 @pytest.mark.parametrize(

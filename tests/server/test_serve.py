@@ -43,7 +43,8 @@ def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     folder = tmp_path_factory.mktemp("server")
     flags = ("--ahn", str(GOLDEN.ahn), "--ahn-window", str(GOLDEN.window), "--ahn-sinks", str(GOLDEN.sinks))
     env = environment(folder / "cache")
-    with serve(base, *flags, "--block-size", "16", *SMALL, log=folder / "log", env=env) as ready:
+    flags += ("--block-size", "16", "--enable-prompt-tokens-details")
+    with serve(base, *flags, *SMALL, log=folder / "log", env=env) as ready:
         yield ready
 
 
@@ -73,6 +74,20 @@ def test_model_name_and_length(server: Server, base: Path) -> None:
 def test_golden_tokens(server: Server, length: int) -> None:
     case = GOLDEN.case(length)
     assert complete(server, case.prompt.tolist(), GENERATED) == case.tokens.tolist()
+
+
+def test_cached_tokens_are_reported(server: Server) -> None:
+    """The second time, a prompt comes out of the cache up to its last block, far beyond W + S."""
+    prompt = [int(token) for token in torch.randint(VOCAB, (300,), generator=torch.Generator().manual_seed(7))]
+    seen = []
+    for asked in (prompt, prompt, [*prompt, 5, 6, 7]):
+        completion = server.client.completions.create(
+            model=server.client.models.list().data[0].id, prompt=asked, max_tokens=4, temperature=0
+        )
+        assert completion.usage is not None
+        details = completion.usage.prompt_tokens_details
+        seen.append(details.cached_tokens if details is not None else None)
+    assert seen == [0, 288, 288]
 
 
 def test_it_is_compiled(server: Server) -> None:

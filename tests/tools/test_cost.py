@@ -34,9 +34,10 @@ def test_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         "sinks + window 1.17 46.6 1.95 59.3 2.42 25.6",
         "AHN, Mamba2 1.17 46.7 1.95 59.4 2.45 26.0",
         "full attention, fp8 2.50 100.0 3.13 100.0 2.20 50.0 2.20 50.0 18 18.20x",
-        "AHN, GatedDeltaNet 1.17 46.9 1.80 57.5 1.23 28.0 1.83 41.6 31 21.87x",
-        "AHN, GatedDeltaNet 25.60 1.60 0.80 0.02 28.02 13.60 41.62 26.00",
+        "AHN, GatedDeltaNet 1.17 46.9 1.80 57.5 1.28 29.0 1.87 42.6 30 21.36x",
+        "AHN, GatedDeltaNet 25.60 1.60 0.80 1.00 0.02 29.02 13.60 42.62 26.00",
         "bfloat16, blocks of 16 tokens, 2 x 8,192 tokens in flight",
+        "blocks of a checkpoint in the prefix cache, where there is room: GatedDeltaNet 68, DeltaNet 70, Mamba2 63",
     ):
         assert line in re.sub(" +", " ", text), text
     assert max(map(len, text.splitlines()[1:])) <= 120
@@ -96,7 +97,7 @@ def test_json_of_some_lengths_and_settings(model: str, capsys: pytest.CaptureFix
     arguments = (
         "--memory dn --window 8064 --length 16k 128K --dtype float32 --block-size 32 -tp 2 --no-async-scheduling"
     )
-    arguments += " --max-num-batched-tokens 2048 --sequences-in 7.5"
+    arguments += " --max-num-batched-tokens 2048 --sequences-in 7.5 --no-enable-prefix-caching --spec-tokens 7"
     report = answer(capsys, model, *arguments.split())
     assert (report["window"], report["sinks"], report["cache_memory_bytes"]) == (8064, 128, int(7.5 * 2**30))
     assert report["settings"] == {
@@ -105,6 +106,8 @@ def test_json_of_some_lengths_and_settings(model: str, capsys: pytest.CaptureFix
         "tensor_parallel_size": 2,
         "max_num_batched_tokens": 2048,
         "async_scheduling": False,
+        "enable_prefix_caching": False,
+        "spec_tokens": 7,
         "max_in_flight_tokens": 2048,
     }
     assert [entry["length"] for entry in report["lengths"]] == [16_000, 131_072]
@@ -117,7 +120,7 @@ def test_json_of_some_lengths_and_settings(model: str, capsys: pytest.CaptureFix
         assert full["block_bytes"] == 36 * 32 * 256 * 4
         assert ahn["block_bytes"] == 36 * 32 * (256 + 8) * 4
         assert window["held_blocks"] == 4 + 8064 // 32 + 1
-        assert ahn["held_blocks"] == window["held_blocks"] + -(-8 * 128 // (32 * 264 // 128))
+        assert ahn["held_blocks"] == window["held_blocks"] + 2 * -(-8 * (128 + 16) // (32 * 264 // 128))
         assert ahn["reserved_blocks"] - ahn["held_blocks"] == 2048 // 32
         assert full["percent"]["held_bytes"] == 100
         assert sum(ahn["parts_bytes"].values()) == ahn["reserved_bytes"]
@@ -159,7 +162,7 @@ def test_plot(suffix: str, model: str, tmp_path: Path, capsys: pytest.CaptureFix
             "sinks + window",
             "AHN, GatedDeltaNet",
             "128,000 tokens:",
-            "28 % of full",
+            "29 % of full",
             "8.79 GiB",
             "tokens of the sequence, thousands",
         ):
@@ -195,6 +198,7 @@ GOOD = QWEN2_5["3B"]
         (GOOD, "--block-size 100", "--block-size is 100, expected one of 16, 32"),
         (GOOD, "-tp 3", "--tensor-parallel-size is 3, expected a divisor of the model's 16 heads"),
         (GOOD, "-tp 0", "--tensor-parallel-size is 0, expected a number above 0"),
+        (GOOD, "--spec-tokens 16", "--spec-tokens is 16, expected a number from 0 to 15"),
         (GOOD, "--sequences-in nan", "--sequences-in is nan, expected a number above 0"),
         (GOOD, "--plot cost.gif", "--plot is cost.gif, expected a file name that ends in .png, .svg or .pdf"),
         (GOOD, "--plot nowhere/cost.png", "--plot is nowhere/cost.png, expected a file in a folder that exists"),

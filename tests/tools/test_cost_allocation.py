@@ -16,6 +16,7 @@ from support.cost_case import QWEN2_5, shape, write, write_ahn
 from support.engines import cache_manager, engine, worker_layers
 from support.golden_data import CONFIGURATIONS
 from vllm_ahn.attention.layer import AHNAttention
+from vllm_ahn.cache.specs import AHNStateSpec
 from vllm_ahn.config import AHNConfig
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import MEMORIES
@@ -27,7 +28,12 @@ MEMORY = 40 << 30
 
 
 def engine_config(
-    tmp_path: Path, size: str, memory: str | None, cache_dtype: str = "auto", state_dtype: str = "auto"
+    tmp_path: Path,
+    size: str,
+    memory: str | None,
+    cache_dtype: str = "auto",
+    state_dtype: str = "auto",
+    **arguments: Any,
 ) -> VllmConfig:
     """An engine's configuration for the published shape and 128,000 tokens; no ``memory`` is the base."""
     ahn: dict[str, Any] = {}
@@ -42,11 +48,11 @@ def engine_config(
         max_model_len=128_000,
         max_num_batched_tokens=8192,
         max_num_seqs=16,
-        block_size=32,
         enforce_eager=True,
         kv_cache_dtype=cache_dtype,
         mamba_ssm_cache_dtype=state_dtype,
         additional_config=ahn,
+        **{"block_size": 32, **arguments},
     ).create_engine_config()
     config.cache_config.kv_cache_layout = "LBHNC"
     return config
@@ -76,6 +82,8 @@ def settings(config: VllmConfig) -> EngineSettings:
         block_size=config.cache_config.block_size,
         max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
         async_scheduling=bool(config.scheduler_config.async_scheduling),
+        enable_prefix_caching=bool(config.cache_config.enable_prefix_caching),
+        spec_tokens=config.num_speculative_tokens,
     )
     assert made.max_in_flight_tokens == config.max_in_flight_tokens
     return made
@@ -104,6 +112,35 @@ def test_engine_of_published_shape(size: str, memory: str, tmp_path: Path) -> No
         check(ahn_attention(shape(size), made, 128_000, ahn), what_the_engine_reports(config))
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "slots"),
+    [
+        ({"enable_prefix_caching": False}, 1),
+        ({"enable_prefix_caching": False, "speculative_config": NGRAM}, 2),
+        ({"block_size": 16}, 2),
+        ({"block_size": 16, "speculative_config": NGRAM}, 2),
+        ({"block_size": 32}, 3),
+        ({"block_size": 64, "speculative_config": NGRAM}, 4),
+    ],
+    ids=str,
+)
+def test_slots_of_an_engine(arguments: dict[str, Any], slots: int, tmp_path: Path) -> None:
+    """With prefix caching and drafts a sequence holds more states than one."""
+    config = engine_config(tmp_path, "3B", "GatedDeltaNet", **arguments)
+    ahn = AHNConfig.from_dict(config.additional_config["ahn"])
+    allocation = ahn_attention(shape("3B"), settings(config), 128_000, ahn)
+    check(allocation, what_the_engine_reports(config))
+    parts = allocation.parts()
+    assert parts["slots"] == parts["state"] * (slots * (128 + 16) - 128) // 128
+    state = allocation.specs[1]
+    assert isinstance(state, AHNStateSpec)
+    assert state.pages_per_request == slots * state.num_pages
+    assert allocation.checkpoint_blocks == (state.num_pages if config.cache_config.enable_prefix_caching else 0)
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_engine_with_states_in_bfloat16(memory: str, tmp_path: Path) -> None:
     config = engine_config(tmp_path, "3B", memory, state_dtype="bfloat16")
@@ -125,15 +162,15 @@ def test_base_of_published_shape(size: str, cache_dtype: str, tmp_path: Path) ->
 
 
 HELD = {
-    ("3B", "GatedDeltaNet"): 28.0,
-    ("3B", "DeltaNet"): 27.2,
-    ("3B", "Mamba2"): 27.2,
-    ("7B", "GatedDeltaNet"): 27.7,
-    ("7B", "DeltaNet"): 27.0,
-    ("7B", "Mamba2"): 27.0,
-    ("14B", "GatedDeltaNet"): 27.1,
-    ("14B", "DeltaNet"): 26.6,
-    ("14B", "Mamba2"): 26.6,
+    ("3B", "GatedDeltaNet"): 29.0,
+    ("3B", "DeltaNet"): 28.2,
+    ("3B", "Mamba2"): 28.0,
+    ("7B", "GatedDeltaNet"): 28.6,
+    ("7B", "DeltaNet"): 27.9,
+    ("7B", "Mamba2"): 27.8,
+    ("14B", "GatedDeltaNet"): 27.8,
+    ("14B", "DeltaNet"): 27.3,
+    ("14B", "Mamba2"): 27.1,
 }
 
 
@@ -146,21 +183,28 @@ def test_share_of_full_attention(size: str, memory: str) -> None:
     assert round(100 * ahn.held_bytes / full.held_bytes, 1) == HELD[size, memory]
     parts = {name: 100 * value / full.held_bytes for name, value in ahn.parts().items()}
     assert parts["keys_and_values"] == pytest.approx(25.6)
-    assert parts["rounding"] < 0.04
-    assert ahn.held_bytes < 0.57 * full_attention(shape(size), made, 128_000, FP8).held_bytes
+    assert parts["rounding"] < 0.07
+    assert ahn.held_bytes < 0.59 * full_attention(shape(size), made, 128_000, FP8).held_bytes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("setting", "block_size"),
-    [({"checkpoint": str(GDN.ahn)}, 16), ({"checkpoint": str(GDN.ahn)}, 32), ({"checkpoint": "none"}, 16), (None, 32)],
-    ids=["ahn-16", "ahn-32", "window-16", "base-32"],
+    ("setting", "block_size", "caches_prefixes"),
+    [
+        ({"checkpoint": str(GDN.ahn)}, 16, False),
+        ({"checkpoint": str(GDN.ahn)}, 16, True),
+        ({"checkpoint": str(GDN.ahn)}, 32, True),
+        ({"checkpoint": "none"}, 16, True),
+        (None, 32, False),
+    ],
+    ids=["ahn-16", "ahn-16-caching", "ahn-32-caching", "window-16-caching", "base-32"],
 )
-def test_running_engine(setting: dict[str, Any] | None, block_size: int) -> None:
+def test_running_engine(setting: dict[str, Any] | None, block_size: int, caches_prefixes: bool) -> None:
     """A real engine's blocks and concurrency, and what its managers hold at every step of a request."""
     ahn = None if setting is None else setting | {"window": 33, "sinks": 17}
     model = find_model(str(GDN.base))
-    with engine(GDN.base, ahn, block_size=block_size, max_num_batched_tokens=48) as llm:
+    arguments = {"block_size": block_size, "max_num_batched_tokens": 48, "enable_prefix_caching": caches_prefixes}
+    with engine(GDN.base, ahn, **arguments) as llm:
         config = llm.llm_engine.vllm_config
         made = settings(config)
         if ahn is None:
@@ -214,7 +258,9 @@ def test_sequences_that_decode_at_a_time() -> None:
     model = find_model(str(GDN.base))
     setting = {"checkpoint": str(GDN.ahn), "window": 64, "sinks": 32}
     config = AHNConfig("GatedDeltaNet", 64, 32)
-    made = EngineSettings("float32", block_size=32, max_num_batched_tokens=32, async_scheduling=False)
+    made = EngineSettings(
+        "float32", block_size=32, max_num_batched_tokens=32, async_scheduling=False, enable_prefix_caching=False
+    )
     allocation = ahn_attention(model.shape, made, 300, config)
     block = allocation.block_bytes
     pool = next(n for n in range(1000) if allocation.max_decoding(n * block) == 3)

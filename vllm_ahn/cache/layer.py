@@ -80,7 +80,22 @@ def layer_specs(
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         retain_all=bool(config.full_attention_layers),
         max_drafts=vllm_config.num_speculative_tokens,
+        checkpointed=config.memory is not None and bool(vllm_config.cache_config.enable_prefix_caching),
     )
     if config.memory is None:
         return window, None
-    return window, state_spec(state_layout(config, sizes, layout.page_bytes), rule, block_size=block_size, dtype=dtype)
+    state = state_spec(
+        state_layout(config, sizes, layout.page_bytes),
+        rule,
+        block_size=block_size,
+        dtype=dtype,
+        checkpoint_interval=checkpoint_interval(config, vllm_config),
+    )
+    return window, state
+
+
+def checkpoint_interval(config: AHNConfig, vllm_config: VllmConfig) -> int:
+    """Tokens of a prompt between checkpoints: as was asked for, else as many as a step may have."""
+    if config.checkpoint_interval is not None:
+        return config.checkpoint_interval
+    return vllm_config.scheduler_config.max_num_batched_tokens

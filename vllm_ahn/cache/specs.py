@@ -35,6 +35,8 @@ class AHNWindowSpec(_OwnGroup):
     """Keep every block, for models in which some layers are plain full attention."""
     max_drafts: int = 0
     """Most drafts of a request in a step, which are verified together with its next token."""
+    checkpointed: bool = False
+    """Prefixes are cached, and beyond ``W + S`` a hit needs a checkpoint of the state."""
 
     @property
     def window(self) -> int:
@@ -64,8 +66,10 @@ class AHNWindowSpec(_OwnGroup):
         """
         if self.retain_all:
             return 0
-        # Of the boundary at the end of a block, the last that a hit in the prefix cache can resume from.
-        boundary = self.settling.boundary(num_settled_tokens) // self.block_size * self.block_size
+        # Of the boundary at the end of a block, the last that a hit in the prefix cache can resume from: if the same
+        # tokens come again, it has to be before the last of them.
+        num_tokens = num_settled_tokens - 1 if self.checkpointed else num_settled_tokens
+        boundary = self.settling.boundary(num_tokens) // self.block_size * self.block_size
         return max(0, boundary - self.window) // self.block_size
 
     def num_held_blocks(self, num_tokens: int, num_settled_tokens: int) -> int:
@@ -91,7 +95,7 @@ class AHNWindowSpec(_OwnGroup):
         all_blocks = cdiv(max_model_len, self.block_size)
         if self.retain_all:
             return all_blocks
-        behind = self.block_size - 1 + self.max_in_flight_tokens
+        behind = self.block_size - (not self.checkpointed) + self.max_in_flight_tokens
         moving = cdiv(self.window, self.block_size) + cdiv(behind, self.block_size)
         return min(self.sink_blocks + moving, all_blocks)
 
@@ -107,6 +111,8 @@ class AHNStateSpec(_OwnGroup):
     """Says from when on a request has a state, and how many slots it takes."""
     num_pages: int
     """Pages of one slot."""
+    checkpoint_interval: int = 0
+    """Within a prompt, one checkpoint goes to the prefix cache behind each multiple of so many tokens; 0 for none."""
 
     @property
     def capacity(self) -> int:
@@ -117,10 +123,6 @@ class AHNStateSpec(_OwnGroup):
     def pages_per_request(self) -> int:
         """Pages of all slots of a request."""
         return self.settling.num_slots * self.num_pages
-
-    @property
-    def prefix_cacheable(self) -> bool:
-        return False
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -146,6 +148,7 @@ def window_spec(
     max_in_flight_tokens: int = 0,
     retain_all: bool = False,
     max_drafts: int = 0,
+    checkpointed: bool = False,
 ) -> AHNWindowSpec:
     """The spec of a layer's lossless memory."""
     return AHNWindowSpec(
@@ -159,10 +162,13 @@ def window_spec(
         max_in_flight_tokens=max_in_flight_tokens,
         retain_all=retain_all,
         max_drafts=max_drafts,
+        checkpointed=checkpointed,
     )
 
 
-def state_spec(layout: StatePageLayout, settling: Settling, *, block_size: int, dtype: torch.dtype) -> AHNStateSpec:
+def state_spec(
+    layout: StatePageLayout, settling: Settling, *, block_size: int, dtype: torch.dtype, checkpoint_interval: int = 0
+) -> AHNStateSpec:
     """The spec of a layer's compressed memory, on pages of ``layout.page_bytes``.
 
     ``dtype`` is the window pages' dtype, not the state's: vLLM would zero new blocks of a cache with two dtypes, which
@@ -180,4 +186,5 @@ def state_spec(layout: StatePageLayout, settling: Settling, *, block_size: int, 
         dcp_sharded=False,
         settling=settling,
         num_pages=layout.num_pages,
+        checkpoint_interval=checkpoint_interval,
     )

@@ -27,6 +27,9 @@ from vllm_ahn.config import (
 )
 from vllm_ahn.errors import AHNError
 
+LENGTHS = ("window", "sinks", "checkpoint_interval")
+"""Keys of a user's request beside ``checkpoint``, all in tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
@@ -36,6 +39,7 @@ class _Request:
     revision: str | None = None
     window: Any = None
     sinks: Any = None
+    checkpoint_interval: Any = None
 
     @property
     def label(self) -> str:
@@ -44,10 +48,11 @@ class _Request:
 
     @property
     def lengths(self) -> dict[str, Any]:
-        """W and S, tokens; `AHNConfig` checks them."""
+        """W, S and the checkpoints' interval, tokens; `AHNConfig` checks them."""
         return {
             "window": DEFAULT_WINDOW if self.window is None else self.window,
             "sinks": DEFAULT_SINKS if self.sinks is None else self.sinks,
+            "checkpoint_interval": self.checkpoint_interval,
         }
 
 
@@ -69,7 +74,7 @@ def resolve(
 
     Args:
         request: ``additional_config["ahn"]``: None, ``"CKPT"``, ``"CKPT@REVISION"``, or a dict with any of
-            ``checkpoint``, ``window`` and ``sinks``, where the checkpoint "none" means sinks and window alone; also an
+            ``checkpoint`` and `LENGTHS`, where the checkpoint "none" means sinks and window alone; also an
             `AHNConfig.to_dict`, which is checked like any other and must come out as it is. A base whose config has
             ``_ahn_implementation`` is merged and takes no checkpoint but "none".
         base: a folder or hub repository.
@@ -110,7 +115,7 @@ def _resolve(
             return None
         request = _Request()
     if request.checkpoint is None and not merged:
-        given = [f"--ahn-{name}" for name in ("window", "sinks") if getattr(request, name) is not None]
+        given = [f"--ahn-{name.replace('_', '-')}" for name in LENGTHS if getattr(request, name) is not None]
         if given:
             raise AHNError(
                 f"ahn: {' and '.join(given)} without --ahn, expected a checkpoint (--ahn), since {base} has no AHN "
@@ -147,10 +152,11 @@ def _parse(request: object) -> _Request | None:
     if isinstance(request, (str, os.PathLike)):
         request = {"checkpoint": request}
     if not isinstance(request, Mapping):
-        raise AHNError(f"ahn: is {request!r}, expected a checkpoint or a dict with checkpoint, window and sinks")
-    unknown = [repr(key) for key in request if key not in ("checkpoint", "window", "sinks")]
+        raise AHNError(f"ahn: is {request!r}, expected a checkpoint or a dict with checkpoint, {', '.join(LENGTHS)}")
+    unknown = [repr(key) for key in request if key not in ("checkpoint", *LENGTHS)]
     if unknown:
-        raise AHNError(f"ahn: unknown key {', '.join(unknown)}, expected only 'checkpoint', 'window' and 'sinks'")
+        known = ", ".join(map(repr, ("checkpoint", *LENGTHS)))
+        raise AHNError(f"ahn: unknown key {', '.join(unknown)}, expected only {known}")
     checkpoint, revision = request.get("checkpoint"), None
     if isinstance(checkpoint, os.PathLike):
         checkpoint = os.fspath(checkpoint)
@@ -158,13 +164,13 @@ def _parse(request: object) -> _Request | None:
         if not isinstance(checkpoint, str) or not checkpoint.strip():
             raise AHNError(f"ahn: checkpoint is {checkpoint!r}, expected a folder or a hub repository")
         checkpoint, revision = split_revision(checkpoint)
-    return _Request(checkpoint, revision, *(parse_length(request.get(name)) for name in ("window", "sinks")))
+    return _Request(checkpoint, revision, *(parse_length(request.get(name)) for name in LENGTHS))
 
 
 def _asked_for(config: AHNConfig) -> _Request:
     """Return the request that `config`, say out of a log, would be the answer to."""
     checkpoint = NO_MEMORY if config.memory is None else config.checkpoint
-    return _Request(checkpoint, config.revision, config.window, config.sinks)
+    return _Request(checkpoint, config.revision, config.window, config.sinks, config.checkpoint_interval)
 
 
 def _separate(request: _Request, base: str, shape: BaseShape, weights: bool) -> Checkpoint:

@@ -32,10 +32,18 @@ from vllm_ahn.plugin import limits, overrides
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
-FLAG_OF_KEY = {"checkpoint": "--ahn", "window": "--ahn-window", "sinks": "--ahn-sinks"}
+FLAG_OF_KEY = {
+    "checkpoint": "--ahn",
+    "window": "--ahn-window",
+    "sinks": "--ahn-sinks",
+    "checkpoint_interval": "--ahn-checkpoint-interval",
+}
 """Key of ``additional_config["ahn"]`` -> the flag of ``vllm serve`` that means the same."""
 
-CHANGED = ("additional_config", "hf_overrides")
+DEFAULT_CPU_BLOCK_SIZE = 32
+"""Tokens in a block on CPUs, where the user leaves that open. vLLM's 128 would be coarse for prefix caching."""
+
+CHANGED = ("additional_config", "block_size", "hf_overrides")
 """The fields of `EngineArgs` that differ between a user's arguments and the copy that is served."""
 
 
@@ -54,12 +62,12 @@ class Resolved:
 
 
 def add_flags(parser: Any) -> None:
-    """Add ``--ahn``, ``--ahn-window`` and ``--ahn-sinks`` to an argparse parser, as the group "AHN"."""
+    """Add the flags of `FLAG_OF_KEY` to an argparse parser, as the group "AHN"."""
     group = parser.add_argument_group(
         title="AHN",
         # `vllm serve --help` shows a group's title and this only, `--help=AHN` the flags as well.
         description="Artificial Hippocampus Networks, a memory of fixed size beyond a window of exact "
-        "attention: --ahn CKPT, --ahn-window N, --ahn-sinks N.",
+        "attention: --ahn CKPT, --ahn-window N, --ahn-sinks N, --ahn-checkpoint-interval N.",
     )
     # No type=int for the lengths: what is not a number gets a one-sentence error like any other bad input.
     # No default either: an absent flag is an absent attribute, and the help says what that means.
@@ -79,20 +87,35 @@ def add_flags(parser: Any) -> None:
             "N",
             f"Tokens at the start of a sequence that stay visible beside the window. (default: {DEFAULT_SINKS})",
         ),
+        "--ahn-checkpoint-interval": (
+            "N",
+            "With prefix caching, a copy of the memory is left in the cache at every N tokens of a prompt, so that "
+            "others which share its beginning can go on there; 0 for its end only. (default: --max-num-batched-tokens)",
+        ),
     }
     for flag, (metavar, text) in flags.items():
         group.add_argument(flag, metavar=metavar, default=SUPPRESS, help=text)
 
 
 def with_flags(
-    additional_config: object, *, checkpoint: object = None, window: object = None, sinks: object = None
+    additional_config: object,
+    *,
+    checkpoint: object = None,
+    window: object = None,
+    sinks: object = None,
+    checkpoint_interval: object = None,
 ) -> Any:
-    """Return `additional_config` with the values of the three flags merged under ``"ahn"``.
+    """Return `additional_config` with the values of the flags merged under ``"ahn"``.
 
     A value of None is a flag that was not given. The argument is not changed. Raises `AHNError` where
     ``additional_config`` says something about the same thing already.
     """
-    given = {"checkpoint": checkpoint, "window": window, "sinks": sinks}
+    given = {
+        "checkpoint": checkpoint,
+        "window": window,
+        "sinks": sinks,
+        "checkpoint_interval": checkpoint_interval,
+    }
     given = {key: value for key, value in given.items() if value is not None}
     if not given:
         return additional_config
@@ -151,6 +174,8 @@ def resolve(args: EngineArgs) -> Resolved:
         max_model_len=requested if isinstance(requested, int) else None,
     )
     served = copy.copy(args)
+    if args.block_size is None and features.device_type == "cpu":
+        served.block_size = DEFAULT_CPU_BLOCK_SIZE
     served.additional_config = {**(args.additional_config or {}), "ahn": config.to_dict()}
     if callable(args.hf_overrides):
         served.hf_overrides = overrides.ConfigOverrides(args.hf_overrides, changed)

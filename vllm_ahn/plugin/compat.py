@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 from vllm_ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 OLDEST = (0, 32)
 """The first release (major, minor) that is supported."""
@@ -79,3 +84,35 @@ def layer_name_codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
     from vllm.utils.torch_utils import _encode_layer_name, _resolve_layer_name
 
     return _encode_layer_name, _resolve_layer_name
+
+
+def register_block(pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock, group_id: int, num_tokens: int) -> None:
+    """Let requests find `block`, which has no hash, by `block_hash` in the cache group `group_id`.
+
+    vLLM's public function takes whole rows of a request's blocks, one for each of its block hashes.
+    """
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+    pool._insert_block_hash(make_block_hash_with_group_id(block_hash, group_id), block, num_tokens=num_tokens)
+
+
+def leave_out_cache_events(pool: BlockPool, group_id: int) -> None:
+    """Have `pool` publish no KV cache events about the cache group `group_id`.
+
+    Its blocks are not blocks of tokens: nothing says that they are stored, and so nothing must say that they are gone.
+    """
+    from vllm.v1.core.kv_cache_utils import get_group_id
+
+    removed, cached = pool._emit_block_removed_events, pool.emit_cached_block_events
+
+    @wraps(removed)
+    def emit_block_removed_events(block_hashes: list[Any]) -> None:
+        removed([block_hash for block_hash in block_hashes if get_group_id(block_hash) != group_id])
+
+    @wraps(cached)
+    def emit_cached_block_events(request: Any, num_cached_blocks: int, block_size: int, kv_cache_group_id: int) -> None:
+        if kv_cache_group_id != group_id:
+            cached(request, num_cached_blocks, block_size, kv_cache_group_id)
+
+    pool._emit_block_removed_events = emit_block_removed_events
+    pool.emit_cached_block_events = emit_cached_block_events

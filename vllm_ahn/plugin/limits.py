@@ -30,6 +30,12 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 """vLLM's load formats that can read an AHN beside the base: those whose loader goes on to a model's
 ``secondary_weights`` and reads safetensors there, and ``dummy``, which reads no weights at all."""
 
+SPEC_METHODS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
+"""vLLM's ways to make drafts that need no cache of their own."""
+
+MAX_SPEC_TOKENS = 15
+"""Drafts of a step: with the token before them they are not more than `vllm_ahn.kernels.settled.GRANULARITY`."""
+
 GPU_BACKENDS = ("TRITON_ATTN", "FLASH_ATTN")
 """The kernels that AHN layers attend with on GPUs, as ``--attention-backend`` calls them; without it the first."""
 
@@ -155,13 +161,31 @@ SETTINGS: tuple[Setting, ...] = (
         ),),
     ),
     Setting(
-        "speculation", ("--speculative-config", "--spec-method", "--spec-model", "--spec-tokens"), False,
-        readers.speculation, lambda config: config.speculative_config is not None,
+        "spec_method", ("--speculative-config", "--spec-method", "--spec-model"), None,
+        readers.spec_method, readers.of_speculation("method"),
         (Limit(
-            lambda f: not f.speculation,
-            "AHN does not work with speculative decoding yet: a rejected token cannot be taken out of the memory "
-            "again; leave out --speculative-config (--spec-method, --spec-model, --spec-tokens)",
-        ),),
+            lambda f: f.spec_method in (None, *SPEC_METHODS),
+            "AHN does not work with drafts of method {f.spec_method!r} yet, which would take a third group of cache "
+            f"blocks: --spec-method is expected to be one of {_list(SPEC_METHODS)}",
+        ),
+        Limit(
+            lambda f: f.spec_method != "ngram_gpu" or f.device_type != "cpu",
+            "vLLM makes drafts of method 'ngram_gpu' on GPUs only: --spec-method is expected to be ngram on CPUs",
+        )),
+    ),
+    Setting(
+        "spec_tokens", ("--speculative-config", "--spec-tokens"), None,
+        readers.spec_tokens, readers.of_speculation("num_speculative_tokens"),
+        (Limit(
+            lambda f: f.spec_tokens is None or f.spec_tokens <= MAX_SPEC_TOKENS,
+            "AHN takes back at most one boundary of its memory, and steps of {f.spec_tokens} drafts may cross more: "
+            f"--spec-tokens (num_speculative_tokens) is expected to be at most {MAX_SPEC_TOKENS}",
+        ),
+        Limit(
+            lambda f: f.spec_tokens is None or f.window is None or f.spec_tokens < f.window,
+            "AHN does not absorb drafts, which must not leave the window before they are accepted: --ahn-window is "
+            "{f.window}, expected more than the {f.spec_tokens} drafts of a step (--spec-tokens)",
+        )),
     ),
     Setting(
         "decode_context_parallel_size", ("--decode-context-parallel-size",), 1,
@@ -257,6 +281,15 @@ SETTINGS: tuple[Setting, ...] = (
             lambda f: f.block_size is None or f.block_size in BLOCK_SIZES,
             "AHN does not work with blocks of {f.block_size} tokens: --block-size is expected to be one of "
             f"{_list(BLOCK_SIZES)}",
+        ),),
+    ),
+    Setting(
+        "prefix_cache_retention_interval", ("--prefix-cache-retention-interval",), 0,
+        attrgetter("prefix_cache_retention_interval"), attrgetter("cache_config.prefix_cache_retention_interval"),
+        (Limit(
+            lambda f: not f.prefix_cache_retention_interval,
+            "AHN chooses itself what stays in the prefix cache: leave out --prefix-cache-retention-interval "
+            "{f.prefix_cache_retention_interval}, and say how often to keep the memory by --ahn-checkpoint-interval",
         ),),
     ),
     Setting(

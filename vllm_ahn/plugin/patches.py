@@ -75,6 +75,7 @@ def _patch_from_cli_args(engine_args: type[EngineArgs]) -> None:
                 checkpoint=getattr(args, "ahn", None),
                 window=getattr(args, "ahn_window", None),
                 sinks=getattr(args, "ahn_sinks", None),
+                checkpoint_interval=getattr(args, "ahn_checkpoint_interval", None),
             )
             if merged is not extra:
                 # A copy: API servers are started from the same namespace again.

@@ -25,10 +25,37 @@ def flag(path: str) -> Callable[[Any], bool]:
     return lambda source: bool(get(source))
 
 
-def speculation(args: EngineArgs) -> bool:
-    """Return whether any way to speculate is asked for."""
-    given = (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
-    return any(value is not None for value in given)
+def _speculation(args: EngineArgs, key: str, flag: str) -> Any:
+    """Return what a flag of its own says about speculation, or else ``--speculative-config``; None for neither."""
+    value = getattr(args, flag)
+    asked = args.speculative_config
+    if value is None and isinstance(asked, dict):
+        value = {str(name).replace("-", "_"): entry for name, entry in asked.items()}.get(key)
+    return value
+
+
+def spec_method(args: EngineArgs) -> str | None:
+    """Return how drafts are asked for, under vLLM's names; None if they are not, or if vLLM has yet to find out."""
+    if args.speculative_config is None and args.spec_method is None and args.spec_model is None:
+        return None
+    method, model = _speculation(args, "method", "spec_method"), _speculation(args, "model", "spec_model")
+    if method is not None:
+        return str(method).strip("[]")
+    if str(model).strip("[]") == "ngram":
+        return "ngram"
+    # A name with dots alone is a class of the user's.
+    return None if "." in str(model) and "/" not in str(model) else "draft_model"
+
+
+def spec_tokens(args: EngineArgs) -> int | None:
+    """Return how many drafts a step is to have at most, None if that is left to vLLM, or nonsense."""
+    value = _speculation(args, "num_speculative_tokens", "spec_tokens")
+    return value if isinstance(value, int) else None
+
+
+def of_speculation(name: str) -> Callable[[VllmConfig], Any]:
+    """Return a reader of a field of vLLM's `SpeculativeConfig`, None without speculation."""
+    return lambda config: None if config.speculative_config is None else getattr(config.speculative_config, name)
 
 
 def connector(source: Any) -> str | None:

@@ -44,6 +44,10 @@ class EngineSettings:
     """vLLM's default for a server on GPUs of 70 GiB and more; others and offline use have others."""
     async_scheduling: bool = True
     """vLLM's default on GPUs: a step is scheduled while the one before it runs."""
+    enable_prefix_caching: bool = True
+    """vLLM's default: a sequence keeps states of block boundaries for those who begin like it."""
+    spec_tokens: int = 0
+    """Max drafts of a step; 0 without speculative decoding."""
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -67,6 +71,9 @@ class EngineSettings:
         values: Any = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=length),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            cache_config=SimpleNamespace(enable_prefix_caching=self.enable_prefix_caching),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=self.max_num_batched_tokens),
+            num_speculative_tokens=self.spec_tokens,
             max_in_flight_tokens=self.max_in_flight_tokens,
         )
         return values
@@ -95,7 +102,9 @@ class Allocation:
     """Of one layer, each of which is one of vLLM's groups. All have pages of one size."""
     settings: EngineSettings
     state_bytes: int = 0
-    """Of one sequence's states, in all layers that have one."""
+    """Of one sequence's state, in all layers that have one."""
+    slots_bytes: int = 0
+    """Of all that the sequence keeps of it: the states of some boundaries, and the updates since each."""
 
     @property
     def block_bytes(self) -> int:
@@ -121,6 +130,13 @@ class Allocation:
             else:
                 blocks += cdiv(self.length, spec.block_size)
         return blocks
+
+    @property
+    def checkpoint_blocks(self) -> int:
+        """Blocks of a checkpoint in the prefix cache. They are free, and go when they are needed."""
+        if not self.settings.enable_prefix_caching:
+            return 0
+        return sum(spec.num_pages for spec in self.specs if isinstance(spec, AHNStateSpec))
 
     @property
     def reserved_bytes(self) -> int:
@@ -150,7 +166,8 @@ class Allocation:
         return 0 if blocks < 0 else 1 + blocks // self.held_blocks
 
     def parts(self) -> dict[str, int]:
-        """Split the reserved bytes: lossless tokens, state, what filling blocks and pages adds, chunks in flight."""
+        """Split the reserved bytes: lossless tokens; the state, and what is kept of it beyond that; what filling blocks
+        and pages adds; chunks in flight."""
         lossless = self.specs[0]
         tokens = self.length
         if isinstance(lossless, AHNWindowSpec) and not lossless.retain_all:
@@ -159,12 +176,13 @@ class Allocation:
         keys_and_values = self.layers * tokens * elements * lossless.dtype.itemsize
         content = self.layers * tokens * lossless.num_kv_heads * lossless.state_content_size_bytes
         has_state = any(isinstance(spec, AHNStateSpec) and spec.num_held_blocks(self.length) for spec in self.specs)
-        state = self.state_bytes if has_state else 0
+        state, slots = (self.state_bytes, self.slots_bytes) if has_state else (0, 0)
         return {
             "keys_and_values": keys_and_values,
             "gates": content - keys_and_values,
             "state": state,
-            "rounding": self.held_bytes - content - state,
+            "slots": slots - state,
+            "rounding": self.held_bytes - content - slots,
             "in_flight": self.reserved_bytes - self.held_bytes,
         }
 
@@ -195,5 +213,7 @@ def ahn_attention(shape: ModelShape, settings: EngineSettings, length: int, conf
     if state is None:
         return Allocation(length, shape.layers, (window,), settings)
     layers_with_state = shape.layers - len(config.full_attention_layers)
-    state_bytes = state_layout(config, sizes, state.page_size_bytes).state_bytes
-    return Allocation(length, shape.layers, (window, state), settings, layers_with_state * state_bytes)
+    layout = state_layout(config, sizes, state.page_size_bytes)
+    state_bytes = layers_with_state * layout.num_heads * layout.head_size**2 * layout.dtype.itemsize
+    slots_bytes = layers_with_state * state.settling.num_slots * layout.state_bytes
+    return Allocation(length, shape.layers, (window, state), settings, state_bytes, slots_bytes)

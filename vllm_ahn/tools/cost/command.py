@@ -10,6 +10,7 @@ from typing import Any
 from vllm_ahn.config import DEFAULT_SINKS, DEFAULT_WINDOW, NO_MEMORY, AHNConfig, check_sinks, check_window
 from vllm_ahn.errors import AHNError
 from vllm_ahn.memory.spec import SHORT_NAMES
+from vllm_ahn.plugin.limits import MAX_SPEC_TOKENS
 from vllm_ahn.tools.arguments import add_state_dtype
 from vllm_ahn.tools.cost.curves import check_plot
 from vllm_ahn.tools.quiet import quiet_vllm
@@ -47,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--async-scheduling", action=argparse.BooleanOptionalAction, default=True,
         help="two steps in flight instead of one (default: yes)",
     )  # fmt: skip
+    engine.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+        help="keep states for the prefix cache (default: yes)",
+    )  # fmt: skip
+    _add(engine, "--spec-tokens", type=int, default=0, help="drafts of a step")
     parser.add_argument(
         "--sequences-in", type=float, default=40, metavar="GIB", help="cache memory of a GPU (default: %(default)s)"
     )
@@ -63,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             raise AHNError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected a number above 0")
     if args.plot is not None:
         check_plot(args.plot)
+    if not 0 <= args.spec_tokens <= MAX_SPEC_TOKENS:
+        raise AHNError(f"--spec-tokens is {args.spec_tokens}, expected a number from 0 to {MAX_SPEC_TOKENS}")
     quiet_vllm()
     from vllm_ahn.tools.cost.allocation import EngineSettings
     from vllm_ahn.tools.cost.report import Question, build_report, compared_configs
@@ -76,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         tensor_parallel_size=args.tensor_parallel_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
         async_scheduling=args.async_scheduling,
+        enable_prefix_caching=args.enable_prefix_caching,
+        spec_tokens=args.spec_tokens,
     )
     window = AHNConfig(None, args.window, args.sinks, state_dtype=args.state_dtype)
     if args.memory is not None:

@@ -117,6 +117,7 @@ def _vllm_rows(question: Question, length: int) -> Iterator[dict[str, Any]]:
             "block_bytes": allocation.block_bytes,
             "reserved_blocks": allocation.reserved_blocks,
             "held_blocks": allocation.held_blocks,
+            "checkpoint_blocks": allocation.checkpoint_blocks,
             "parts_bytes": parts,
             "parts_percent": {key: 100 * value / full.held_bytes for key, value in parts.items()},
             "max_concurrency": allocation.max_concurrency(question.cache_bytes),

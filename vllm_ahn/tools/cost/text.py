@@ -12,6 +12,7 @@ _PARTS = {
     "keys_and_values": "keys and values",
     "gates": "gates",
     "state": "state",
+    "slots": "slots",
     "rounding": "whole pages",
     "held": "held",
     "in_flight": "in flight",
@@ -45,6 +46,7 @@ def format_report(report: dict[str, Any]) -> str:
             "4 bytes an element; the gates of the tokens in the window are left out\n",
             _vllm_table(entry["vllm"], report["cache_memory_bytes"]),
             *_vllm_notes(settings),
+            *_checkpoint_notes(entry["vllm"]),
             "",
             _parts_table(entry),
             f"paper: no gates, no rounding, and a state in the cache's dtype, here {settings['dtype']}, instead of "
@@ -107,6 +109,13 @@ def _vllm_notes(settings: dict[str, Any]) -> list[str]:
         "held: by a sequence that decodes at this length; fit: how many of these such a cache holds at a time",
         'reserved: its maximum, during prefill, chunks in flight included; vLLM says: its "Maximum concurrency"',
     ]
+
+
+def _checkpoint_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    blocks = [
+        f"{row['name'].removeprefix('AHN, ')} {row['checkpoint_blocks']}" for row in rows if row["checkpoint_blocks"]
+    ]
+    return [f"blocks of a checkpoint in the prefix cache, where there is room: {', '.join(blocks)}"] if blocks else []
 
 
 def _parts_table(entry: dict[str, Any]) -> str:
