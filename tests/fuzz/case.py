@@ -44,6 +44,7 @@ class Request:
     """The step before which it comes; for a follow-up, steps after the parent's end."""
     max_tokens: int
     priority: int
+    """Without meaning where the policy is "fcfs"."""
     abort_after: int | None
     """Steps after its arrival before which it is aborted, unless it has finished."""
     logprobs: int
@@ -213,9 +214,6 @@ def _requests(rng: random.Random, case: Case, limits: Limits) -> list[Request]:
         steps -= len(text) + request.max_tokens
         if steps < 0:
             break
-    if case.engine["scheduling_policy"] == "fcfs":  # which vLLM refuses a priority
-        for request in requests:
-            request.priority = 0
     return requests
 
 
