@@ -7,17 +7,22 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 EFFORT ?= 1
+MINUTES ?= 5
+# Of `make fuzz`; without it the clock gives the first seed.
+SEED ?=
+FUZZ_ARGS ?=
 
 # The newest supported release of vLLM that has no CPU build.
 CONTRACT := 0.33.0
 CONTRACT_TESTS := tests/contract tests/cache tests/plugin/test_arguments.py tests/plugin/test_limits.py tests/engine/test_golden.py \
     tests/engine/test_no_memory.py
 
-.PHONY: help .venv demo check test lint contract commands small-model
+.PHONY: help .venv demo check test lint fuzz contract commands small-model
 help:
 	@echo "make demo    serve a small model with an AHN and ask it something longer than its window"
 	@echo "make check   ruff, mypy and the tests that are not slow (some minutes)"
 	@echo "make test    ruff, mypy and all tests (25 minutes on two quiet cores)"
+	@echo "make fuzz    random engines and requests against the reference (MINUTES=5; SEED=...: from this seed)"
 	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
 	@echo "make commands  every command of vLLM's, with and without an AHN, into docs/commands.md (half an hour)"
 	@echo "make small-model  train that model and its memories anew, into build/small-model (1 3/4 hours; EFFORT=0.5: one)"
@@ -46,6 +51,9 @@ check: lint
 
 test: lint
 	@$(PYTEST) $(PYTEST_ARGS)
+
+fuzz: $(BIN)/vllm-ahn
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)
 
 commands: $(BIN)/vllm-ahn
 	@mkdir -p docs
