@@ -156,7 +156,12 @@ class Engine:
 
             replace_dummy_weights(seed)
         # A cached prefix would answer a repetition without computing it.
-        fixed = {"enable_prefix_caching": False, "skip_tokenizer_init": True, "distributed_executor_backend": "uni"}
+        fixed = {
+            "disable_log_stats": False,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "distributed_executor_backend": "uni",
+        }
         self.llm = LLM(**(fixed | arguments))
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
@@ -267,6 +272,14 @@ class Engine:
         """End the newest of the sequences that are held."""
         self.engine.abort_request([self.held.pop()])
         self._settle()
+
+    def cached_blocks(self) -> int:
+        """Return how many blocks the prefix cache holds."""
+        return sum(block.block_hash is not None for block in self.scheduler.kv_cache_manager.block_pool.blocks)
+
+    def metric(self, name: str) -> float:
+        """Return vLLM's own counter ``name``."""
+        return next(float(metric.value) for metric in self.llm.get_metrics() if metric.name == name)
 
     def release(self) -> None:
         """End all the sequences that are held."""

@@ -78,9 +78,9 @@ def _verify(step: Step, decodes: list[int]) -> None:
     expected[decodes] = step.starts[decodes]
     if not torch.equal(step.rows, expected):
         raise Mismatch(f"find_steps, {step}: {step.rows.tolist()}, expected {expected.tolist()}")
-    o = verify_memory("steps", step, decodes, step.decode, settled=True, mean=1e-5, most=1e-4)
+    o = verify_memory("absorb_and_read_steps", step, decodes, step.decode, settled=True, mean=1e-5, most=1e-4)
     if not bool(o[expected < 0].isnan().all()):
-        raise Mismatch(f"steps, {step}: wrote reads of requests that have nothing to read")
+        raise Mismatch(f"absorb_and_read_steps, {step}: wrote reads of requests that have nothing to read")
 
     rows = step.rows[decodes].long()
     wanted = step.output[rows].double() + oracles.read_out(step, rows, o[decodes])

@@ -77,7 +77,7 @@ class Pool:
         width = -(-setting.context // self.block_size) + 3 & ~3  # rows begin at multiples of 16 bytes
         ids = torch.randperm(total - 1, device=device).add_(1).int().view(requests, held)
         self.window_table = torch.zeros((requests, width), dtype=torch.int32, device=device)
-        self.state_table = torch.zeros_like(self.window_table)
+        self.state_table = torch.zeros((requests, max(width, self.state_pages)), dtype=torch.int32, device=device)
         self.window_table[:, torch.tensor(blocks, device=device)] = ids[:, : len(blocks)]
         self.state_table[:, : self.state_pages] = ids[:, len(blocks) :]
 

@@ -81,7 +81,7 @@ def test_attention_by_vllm_is_verified(results: dict[str, Any]) -> None:
 def test_what_is_wrong_is_not_timed(results: dict[str, Any]) -> None:
     wrong = results["wrong"]
     (failure,) = wrong["failures"]
-    assert "steps's reads" in failure and "off by 0.001" in failure
+    assert "absorb_and_read_steps's reads" in failure and "off by 0.001" in failure
     assert wrong["cases"]["decode"] == [] and len(wrong["cases"]["write"]) == 1
     assert [aim["met"] for aim in wrong["aims"]] == [None, None]
 

@@ -40,7 +40,7 @@ FLAG_OF_KEY = {
 }
 """Key of ``additional_config["ahn"]`` -> the flag of ``vllm serve`` that means the same."""
 
-DEFAULT_CPU_BLOCK_SIZE = 32
+DEFAULT_CPU_BLOCK_SIZE = 16
 """Tokens in a block on CPUs, where the user leaves that open. vLLM's 128 would be coarse for prefix caching."""
 
 CHANGED = ("additional_config", "block_size", "hf_overrides")
