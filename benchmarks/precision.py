@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 
 import report
-from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence, recurrent_step
+from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence
+from vllm_ahn.kernels.settled import GRANULARITY
 from vllm_ahn.memory.spec import MEMORIES, MemorySpec
 
 HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 64
@@ -123,14 +124,18 @@ def rounded_keys(memory: MemorySpec, tokens: Tokens, *before: Any) -> Result:
 
 
 def decoded(memory: MemorySpec, tokens: Tokens, state: Any, done: int) -> Result:
-    """`recur` with the state rounded after each token. What is read is the state before that."""
+    """`recur` as decodes keep it in bfloat16: the state rounded at each boundary, and updates once they were read."""
     outputs = []
     if state is None:
         state = torch.zeros(1, HEADS, HEAD_SIZE, HEAD_SIZE, dtype=torch.float64)
-    for token in zip(*(x.split(1) for x in inputs(memory, *tokens)), strict=True):
-        o, state = recurrent_step(*token, memory.scale(HEAD_SIZE), memory.delta, state)
-        state = in_bfloat16(state)
-        outputs.append(o)
+    for index, (q, k, v, g, b) in enumerate(zip(*(x.split(1) for x in inputs(memory, *tokens)), strict=True)):
+        q, k, v = (x.unsqueeze(-2) for x in (q, k, v))
+        state = g.exp()[..., None, None] * state
+        update = b[..., None, None] * (v - k @ state if memory.delta else v)
+        outputs.append(memory.scale(HEAD_SIZE) * (q @ state + (q * k).sum(-1, keepdim=True) * update).squeeze(-2))
+        state = state + k.mT * (in_bfloat16(update) if memory.delta else update)
+        if (done + index + 1) % GRANULARITY == 0:
+            state = in_bfloat16(state)
     return torch.cat(outputs), state
 
 

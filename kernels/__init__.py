@@ -1,8 +1,8 @@
 """Kernels of an AHN layer: the compressed memory's recurrence in torch, and Triton's for all that it does on a GPU.
 
 They need PyTorch, Triton, einops and flash-linear-attention, not vLLM, and of this package only
-:mod:`vllm_ahn.memory.spec`. What is exported here needs PyTorch alone: the recurrence, three ways, and the pages. The
-Triton kernels are imported by module, where Triton is: `cache_write`, `decode`, `prefill`, `read_out`, `tables`.
+:mod:`vllm_ahn.memory.spec`. What is exported here needs PyTorch alone: the recurrence and the pages. The
+Triton kernels are imported by module, where Triton is: `cache_write`, `prefill`, `read_out`, `steps_triton`, `tables`.
 
 The recurrence, for one sequence and one query head (``M`` is ``[Dk, Dv]``)::
 
@@ -25,14 +25,22 @@ gates
     What a token keeps of a query head until it is absorbed, from which ``g`` and ``b`` are made.
 state
     ``M`` of all query heads of a request. Pages hold it column by column, ``M[:, j]``.
+settled
+    A state as it was at the last boundary; see `settled`, which has the rule. A request has one in each of its slots.
+update
+    ``u`` of an absorbed token. Those since the boundary are kept behind the state.
+pending
+    Tokens that were absorbed since the boundary, in earlier steps.
 fresh
     A state that is zero, whatever its pages hold: that of a request whose next query is at ``W + S``.
 absorb
     Take a token into the state. A query at ``t >= W + S`` absorbs the token at ``t - W``, then it reads.
 read
     What a query gets from the state, and that query's token: ``reads`` are tokens, -1 where nothing is read.
+step
+    Of a few queries of a request, over its settled state. A decode is a step of one.
 stretch
-    The tokens that one request absorbs in one step.
+    The tokens that a chunk-parallel recurrence absorbs of one request, from one boundary to another.
 chunk
     The tokens that a chunk-parallel recurrence treats at once. It begins anew with every stretch.
 span
@@ -42,7 +50,7 @@ memory
 """
 
 from vllm_ahn.kernels.pages import StatePageLayout, StatePages, WindowPageLayout, WindowPages
-from vllm_ahn.kernels.recurrence import chunk_recurrence, l2_normalize, naive_recurrence, recurrent_step
+from vllm_ahn.kernels.recurrence import chunk_recurrence, l2_normalize, naive_recurrence
 
 __all__ = [
     "StatePageLayout",
@@ -52,5 +60,4 @@ __all__ = [
     "chunk_recurrence",
     "l2_normalize",
     "naive_recurrence",
-    "recurrent_step",
 ]

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import os
 import textwrap
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,7 +136,9 @@ def test_graphs_are_cut_at_the_attention() -> None:
 def test_graphs_of_decodes_may_hold_everything(config: VllmConfig) -> None:
     spec, _ = dict.fromkeys(specs(config).values())
     decode = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    assert GPUCore.cudagraph_support is decode
+    assert GPUCore().cudagraph_support(config) is decode
+    drafts: Any = SimpleNamespace(num_speculative_tokens=3)
+    assert GPUCore().cudagraph_support(drafts) is AttentionCGSupport.UNIFORM_BATCH
     assert AHNStateBackend.get_builder_cls().get_cudagraph_support(config, spec).value >= decode.value
 
 

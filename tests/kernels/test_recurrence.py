@@ -1,11 +1,11 @@
-"""The recurrence: chunk_recurrence and recurrent_step against naive_recurrence, that against its formula."""
+"""The recurrence: chunk_recurrence against naive_recurrence, that against its formula."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence, recurrent_step
+from vllm_ahn.kernels import chunk_recurrence, l2_normalize, naive_recurrence
 from vllm_ahn.kernels.recurrence.triangular import unit_lower_inverse
 
 # batch, tokens, query heads, key/value heads, Dk, Dv
@@ -92,21 +92,6 @@ def test_naive_shares_keys_in_a_group() -> None:
 
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_recurrent_step_equals_naive(shape: tuple[int, ...], delta: bool) -> None:
-    inputs = make_inputs(shape, decay=3.0)
-    o, state = naive(inputs, delta)
-    memory, outputs = inputs[5].clone(), []
-    for t in range(shape[1]):
-        before = memory.clone()
-        out, new = recurrent_step(*(x[:, t] for x in inputs[:5]), SCALE, delta, memory)
-        assert torch.equal(memory, before)
-        outputs.append(out)
-        memory = new
-    assert_same((torch.stack(outputs, 1), memory), (o, state), 1e-11)
-
-
-@pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
 def test_chunk_recurrence_equals_naive(shape: tuple[int, ...], delta: bool, poisoned_memory: None) -> None:
     for decay in (0.0, 1.0, 100.0, 1e4):
         inputs = make_inputs(shape, decay)
@@ -171,8 +156,6 @@ def test_padding_leaves_the_state(delta: bool) -> None:
     for recurrence in (naive_recurrence, chunk_recurrence):
         o, state = recurrence(*inputs[:5], SCALE, delta, inputs[5])
         assert_same((o[:, real], state), wanted, 1e-10, recurrence.__name__)
-    _, unchanged = recurrent_step(*(x[:, ~real][:, 0] for x in inputs[:5]), SCALE, delta, inputs[5])
-    assert torch.equal(unchanged, inputs[5])
 
 
 def test_half_precision_inputs() -> None:

@@ -202,7 +202,7 @@ def test_more_drafts_than_a_window_has_tokens(tiny: TinyPaths) -> None:
         args.create_engine_config()
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, 32), (16, 16), (128, 128)])
+@pytest.mark.parametrize(("asked", "expected"), [(None, 16), (32, 32), (128, 128)])
 def test_blocks_on_cpus(tiny: TinyPaths, asked: int | None, expected: int) -> None:
     args = engine_args(tiny, block_size=asked)
     for _ in range(2):
