@@ -16,6 +16,7 @@ from vllm.v1.engine import core
 from fuzz import drafts
 from fuzz.case import Case, Request
 from support.engines import cache_manager, engine, metric, worker_layers
+from vllm_ahn.attention.layer import AHNAttention
 from vllm_ahn.reference import ReferenceModel, from_folders
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
@@ -43,6 +44,8 @@ class Played:
     answers: list[Answer]
     """In the order of the case's requests."""
     steps: int = 0
+    core: str = ""
+    """The class that computed the layers."""
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     accepted_drafts: dict[int, int] = field(default_factory=dict)
@@ -119,6 +122,7 @@ def play(case: Case, paths: TinyPaths, model: ReferenceModel | None = None) -> P
         pool = cache_manager(llm).block_pool
         free = pool.get_num_free_blocks()
         played = _Stage(case, llm, model).run()
+        played.core = next(type(x.core).__name__ for x in worker_layers(llm).values() if isinstance(x, AHNAttention))
         played.preemptions = int(metric(llm, "vllm:num_preemptions"))
         if case.engine["enable_prefix_caching"]:
             played.prefix_hit_tokens = int(metric(llm, "vllm:prefix_cache_hits"))

@@ -98,6 +98,13 @@ def test_a_fault_is_found(fault: Callable[[pytest.MonkeyPatch], None], monkeypat
     assert failure.startswith("Failure: "), failure
 
 
+def test_a_fault_is_found_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain schedules, with which bfloat16 is compared, cache no prefix."""
+    hit_one_block_too_far(monkeypatch)
+    summary = fuzz(iter(range(FEW)), Switches(inexact=True), most_failures=1)
+    assert summary.failures
+
+
 def test_a_case_is_its_seed() -> None:
     assert draw(7).describe() == draw(7).describe() != draw(8).describe()
     assert draw(7).requests == draw(7, drafts=True).requests
