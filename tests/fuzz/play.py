@@ -145,12 +145,13 @@ class _Stage:
         self.answers: dict[int, Answer] = {}
         self.arrived: dict[int, int] = {}
         self.ended: dict[int, int] = {}
-        self.step = 0
+        self.step = self.idle = 0
 
     def run(self) -> Played:
         requests = self.case.requests
         # A preemption makes a request start again; with few blocks that happens often.
-        most = 500 + 40 * sum(self.case.longest(index) for index in range(len(requests)))
+        tokens = sum(self.case.longest(index) for index in range(len(requests)))
+        most = 500 + 40 * tokens
         while len(self.ended) < len(requests):
             for index, request in enumerate(requests):
                 if index not in self.arrived and self._is_due(request):
@@ -159,9 +160,14 @@ class _Stage:
                     self.engine.abort_request([str(index)])
                     self.answers[index].aborted = True
                     self.ended[index] = self.step
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            for output in outputs:
                 self._take(output)
             self.step += 1
+            # Prompts may take a step for each of their tokens, and come in turns.
+            self.idle = 0 if outputs else self.idle + 1
+            if self.idle > 200 + 2 * tokens:
+                raise Failure(f"for {self.idle} steps {len(requests) - len(self.ended)} requests got no token")
             if self.step > most:
                 raise Failure(f"after {most} steps {len(requests) - len(self.ended)} requests have not ended")
         while self.engine.has_unfinished_requests() or self._busy():
