@@ -39,7 +39,7 @@ def main() -> int:
     if args.core == "gpu":
         from support import interpreted_engine, interpreter
 
-        os.environ.update(interpreted_engine.ENVIRONMENT)
+        os.environ.update(interpreted_engine.ENVIRONMENT | {"VLLM_LOGGING_LEVEL": ENVIRONMENT["VLLM_LOGGING_LEVEL"]})
         interpreter.install_for_fla()
     from fuzz.case import CPU, INTERPRETED
     from fuzz.report import Switches, fuzz

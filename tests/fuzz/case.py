@@ -122,6 +122,8 @@ def draw(seed: int, limits: Limits = CPU, *, drafts: bool = False, inexact: bool
         "scheduling_policy": rng.choice(["fcfs", "priority"]),
         "long_prefill_token_threshold": rng.choice([0, 0, 0, rng.randint(1, 40)]),
         "async_scheduling": rng.random() < 0.5,
+        # Without it a request is admitted before all of its prompt has room, and preempted more often.
+        "scheduler_reserve_full_isl": rng.random() < 0.4,
         "seed": seed % 2**31,
     }
     engine["max_num_seqs"] = min(engine["max_num_batched_tokens"], rng.choice([1, 2, 4, 8]))

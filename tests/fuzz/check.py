@@ -21,7 +21,8 @@ class Compared:
 
     positions: int = 0
     ties: int = 0
-    """Positions whose two best tokens lie within the tolerance, so that the token says nothing."""
+    """Positions whose two best tokens lie within the tolerance, so that the token says nothing; in bfloat16, those
+    where another token than the plain schedule's best was taken within the tolerance."""
     largest_error: float = 0.0
 
 
@@ -96,8 +97,8 @@ def against_plain_schedules(case: Case, paths: TinyPaths, played: Played) -> Com
     for (index, answer), plain, other in zip(answers, at_once, one_by_one, strict=True):
         for position, (token, reported) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
             compared.positions += 1
-            own, best, second = plain[position].tolist()
-            compared.ties += best - second <= 2 * apart
+            own, best = plain[position].tolist()
+            compared.ties += own < best
             error = min(abs(reported[token].logprob - x[position, 0].item()) for x in (plain, other))
             if not error <= 2 * apart:
                 raise Failure(f"{_where(index, answer, position)}: off by {error:.3g}, plain schedules by {apart:.3g}")
@@ -108,7 +109,7 @@ def against_plain_schedules(case: Case, paths: TinyPaths, played: Played) -> Com
 
 
 def _prompt_logprobs(case: Case, paths: TinyPaths, texts: list[list[int]], chunk: int) -> list[torch.Tensor]:
-    """For each text ``[length, 3]``: log-probabilities of its own tokens, of the best and the second; NaN at first."""
+    """For each text ``[length, 2]``: log-probabilities of its own tokens and of the best; NaN at first."""
     plain: dict[str, Any] = {
         "enable_prefix_caching": False,
         "max_num_batched_tokens": 4096,
@@ -120,14 +121,13 @@ def _prompt_logprobs(case: Case, paths: TinyPaths, texts: list[list[int]], chunk
         "speculative_config": None,
     }
     ample = Case(case.seed, case.model, case.window, case.sinks, case.engine, None)
-    params = SamplingParams(temperature=0, max_tokens=1, detokenize=False, prompt_logprobs=2)
+    params = SamplingParams(temperature=0, max_tokens=1, detokenize=False, prompt_logprobs=1)
     with case_engine(ample, paths, **plain) as llm:
         outputs = llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
     result = []
     for text, output in zip(texts, outputs, strict=True):
-        rows = [[float("nan")] * 3]
+        rows = [[float("nan")] * 2]
         for token, entries in zip(text[1:], output.prompt_logprobs[1:], strict=True):
-            ranked = sorted((entry.logprob for entry in entries.values()), reverse=True)
-            rows.append([entries[token].logprob, *ranked[:2]])
+            rows.append([entries[token].logprob, max(entry.logprob for entry in entries.values())])
         result.append(torch.tensor(rows))
     return result

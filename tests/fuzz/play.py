@@ -16,6 +16,7 @@ from vllm.v1.engine import core
 from fuzz import drafts
 from fuzz.case import Case, Request
 from support.engines import cache_manager, engine, metric, worker_layers
+from vllm_ahn.attention.layer import AHNAttention
 from vllm_ahn.reference import ReferenceModel, from_folders
 from vllm_ahn.tools.tiny import TinyPaths, make_tiny
 
@@ -43,6 +44,8 @@ class Played:
     answers: list[Answer]
     """In the order of the case's requests."""
     steps: int = 0
+    core: str = ""
+    """The class that computed the layers."""
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     accepted_drafts: dict[int, int] = field(default_factory=dict)
@@ -119,6 +122,7 @@ def play(case: Case, paths: TinyPaths, model: ReferenceModel | None = None) -> P
         pool = cache_manager(llm).block_pool
         free = pool.get_num_free_blocks()
         played = _Stage(case, llm, model).run()
+        played.core = next(type(x.core).__name__ for x in worker_layers(llm).values() if isinstance(x, AHNAttention))
         played.preemptions = int(metric(llm, "vllm:num_preemptions"))
         if case.engine["enable_prefix_caching"]:
             played.prefix_hit_tokens = int(metric(llm, "vllm:prefix_cache_hits"))
@@ -141,12 +145,13 @@ class _Stage:
         self.answers: dict[int, Answer] = {}
         self.arrived: dict[int, int] = {}
         self.ended: dict[int, int] = {}
-        self.step = 0
+        self.step = self.idle = 0
 
     def run(self) -> Played:
         requests = self.case.requests
         # A preemption makes a request start again; with few blocks that happens often.
-        most = 500 + 40 * sum(self.case.longest(index) for index in range(len(requests)))
+        tokens = sum(self.case.longest(index) for index in range(len(requests)))
+        most = 500 + 40 * tokens
         while len(self.ended) < len(requests):
             for index, request in enumerate(requests):
                 if index not in self.arrived and self._is_due(request):
@@ -155,9 +160,14 @@ class _Stage:
                     self.engine.abort_request([str(index)])
                     self.answers[index].aborted = True
                     self.ended[index] = self.step
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            for output in outputs:
                 self._take(output)
             self.step += 1
+            # Prompts may take a step for each of their tokens, and come in turns.
+            self.idle = 0 if outputs else self.idle + 1
+            if self.idle > 200 + 2 * tokens:
+                raise Failure(f"for {self.idle} steps {len(requests) - len(self.ended)} requests got no token")
             if self.step > most:
                 raise Failure(f"after {most} steps {len(requests) - len(self.ended)} requests have not ended")
         while self.engine.has_unfinished_requests() or self._busy():

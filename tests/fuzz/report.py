@@ -33,6 +33,8 @@ class Summary:
 
     first_seed: int | None = None
     engines: int = 0
+    cores: set[str] = dataclasses.field(default_factory=set)
+    """The classes that computed the layers."""
     requests: int = 0
     aborts: int = 0
     steps: int = 0
@@ -54,6 +56,7 @@ class Summary:
     """By seed."""
 
     def add(self, case: Case, played: Played, compared: Compared) -> None:
+        self.cores.add(played.core)
         self.requests += len(played.answers)
         self.aborts += sum(answer.aborted for answer in played.answers)
         self.steps += played.steps
@@ -74,12 +77,13 @@ class Summary:
         return self.positions >= 1000 and self.ties > MOST_TIES * self.positions
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"accepted": dict(sorted(self.accepted.items()))}
+        return dataclasses.asdict(self) | {"cores": sorted(self.cores), "accepted": dict(sorted(self.accepted.items()))}
 
     def describe(self) -> str:
         drafts = f"drafts accepted: {self.accepted_drafts}, by step {dict(sorted(self.accepted.items()))}\n"
         return (
-            f"{self.engines} engines ({self.smallest_pools} in the smallest pool), {self.requests} requests, "
+            f"{self.engines} engines on {', '.join(sorted(self.cores))} ({self.smallest_pools} in the smallest pool), "
+            f"{self.requests} requests, "
             f"{self.aborts} aborted, {self.steps} steps, {self.seconds:.0f} s\n"
             f"{self.positions} positions compared, {self.ties} ties, largest error {self.largest_error:.1e}\n"
             f"{self.preemptions} preemptions, {self.hits} requests with prefix hits ({self.hit_tokens} tokens), "

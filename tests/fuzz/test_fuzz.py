@@ -1,13 +1,17 @@
 """A minute of random engines and requests, from another seed each time; and what the harness finds if it is there."""
 
 import itertools
+import json
+import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fuzz.__main__ import ENVIRONMENT, main
 from fuzz.case import draw
 from fuzz.play import case_engine, checkpoint
 from fuzz.report import Summary, Switches, fuzz
@@ -96,6 +100,31 @@ def test_a_fault_is_found(fault: Callable[[pytest.MonkeyPatch], None], monkeypat
     assert summary.failures
     (failure,) = summary.failures.values()
     assert failure.startswith("Failure: "), failure
+
+
+def test_a_fault_is_found_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain schedules, with which bfloat16 is compared, cache no prefix."""
+    hit_one_block_too_far(monkeypatch)
+    summary = fuzz(iter(range(FEW)), Switches(inexact=True), most_failures=1)
+    assert summary.failures
+
+
+def test_a_failing_seed_is_printed_and_replayed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # `main` sets them, this takes them back
+    with monkeypatch.context() as broken:
+        lose_blocks(broken)
+        broken.setattr(sys, "argv", ["fuzz", "--seed", "0", "--engines", str(FEW)])
+        assert main() == 1
+    seeds = re.findall(r"python -m fuzz --replay (\d+)$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--replay", seeds[0], "--json", str(tmp_path / "summary.json")])
+    assert main() == 0
+    assert f"seed {seeds[0]}: " in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["engines"], summary["failures"]) == (1, {})
+    assert summary["positions"] > 0
 
 
 def test_a_case_is_its_seed() -> None:
