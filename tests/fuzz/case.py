@@ -118,7 +118,7 @@ def draw(seed: int, limits: Limits = CPU, *, drafts: bool = False, inexact: bool
     engine = {
         "block_size": block_size,
         "max_num_batched_tokens": rng.choice([1, rng.randint(2, 16), 16, 32, 48, rng.randint(20, 200), 64, 128, 2048]),
-        "enable_prefix_caching": rng.random() < 0.6,
+        "enable_prefix_caching": rng.random() < 0.75,
         "scheduling_policy": rng.choice(["fcfs", "priority"]),
         "long_prefill_token_threshold": rng.choice([0, 0, 0, rng.randint(1, 40)]),
         "async_scheduling": rng.random() < 0.5,
@@ -133,7 +133,7 @@ def draw(seed: int, limits: Limits = CPU, *, drafts: bool = False, inexact: bool
         window=window,
         sinks=sinks,
         engine=engine,
-        spare_blocks=rng.choice([None, 0, 0, 1, 2, rng.randint(3, 12)]),
+        spare_blocks=rng.choice([None, None, 0, 0, 1, 2, rng.randint(3, 12)]),
     )
     case.requests = _requests(rng, case, limits)
     engine["max_model_len"] = max(case.longest(index) for index in range(len(case.requests)))
@@ -189,7 +189,7 @@ def _requests(rng: random.Random, case: Case, limits: Limits) -> list[Request]:
     requests: list[Request] = []
     for index in range(rng.randint(limits.requests // 2, limits.requests)):
         parent = None
-        if index and rng.random() < 0.25:
+        if index and rng.random() < 0.35:
             parent = rng.randrange(index)
             text = _tokens(rng, rng.choice([1, 2, rng.randint(1, 40), block_size]))
         else:
@@ -197,7 +197,7 @@ def _requests(rng: random.Random, case: Case, limits: Limits) -> list[Request]:
             kind = rng.random()
             if kind < 0.3:
                 text = _tokens(rng, length)
-            elif kind < 0.45:  # a trunk, or another prompt, to the token
+            elif kind < 0.5:  # a trunk, or another prompt, to the token
                 text = rng.choice(trunks)[:length]
             else:  # a trunk with a tail of its own, from anywhere or from the end of a block
                 cut = rng.choice([rng.randint(0, length), length // block_size * block_size, length - 1])

@@ -59,20 +59,14 @@ def give_back_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AHNWindowSpec, "first_kept_block", wrong)
 
 
-CACHING = ("find_longest_cache_hit", "reachable_block_mask")
-"""The functions that decide how far prefixes are cached."""
+def save_another_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints in the prefix cache are of the block before."""
+    slot = AHNStateManager._slot
 
+    def wrong(self: Any, held: Any, boundary: int) -> Any:
+        return slot(self, held, boundary - self.block_size)
 
-def hit_one_block_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefix hits reach beyond W + S, where no state is kept for them."""
-    capacity = AHNWindowSpec.capacity.fget
-    assert capacity is not None
-
-    def wrong(self: Any) -> int:
-        caller = sys._getframe(1).f_code.co_name
-        return int(capacity(self)) + (self.block_size if caller in CACHING else 0)
-
-    monkeypatch.setattr(AHNWindowSpec, "capacity", property(wrong))
+    monkeypatch.setattr(AHNStateManager, "_slot", wrong)
 
 
 def lose_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +81,7 @@ def lose_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     keep_other_gates,
     give_back_too_early,
-    hit_one_block_too_far,
+    save_another_state,
     lose_blocks,
 ]
 
@@ -104,7 +98,7 @@ def test_a_fault_is_found(fault: Callable[[pytest.MonkeyPatch], None], monkeypat
 
 def test_a_fault_is_found_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain schedules, with which bfloat16 is compared, cache no prefix."""
-    hit_one_block_too_far(monkeypatch)
+    save_another_state(monkeypatch)
     summary = fuzz(iter(range(FEW)), Switches(inexact=True), most_failures=1)
     assert summary.failures
 
