@@ -12,4 +12,4 @@ def l2_normalize(x: torch.Tensor, eps: float = L2_EPS) -> torch.Tensor:
     Computed and returned in float32 (float64 stays float64), so that a half-precision input loses nothing more.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + eps)

@@ -98,15 +98,17 @@ class Memory(nn.Module, ABC):
         """
         gate = F.silu(z).unsqueeze(-1)
         weight = self.norm.weight.float()
+        # Of a chunk all this is large, and on a CPU every new tensor of that size costs more than what is computed.
         if not self.spec.norm_all_heads:
-            return o * torch.rsqrt(o.square().mean(-1, keepdim=True) + NORM_EPS) * weight * gate
+            squares = torch.linalg.vector_norm(o, dim=-1, keepdim=True).square_()
+            return (o * torch.rsqrt(squares / self.head_size + NORM_EPS).mul_(gate)).mul_(weight)
         gated = (o * gate).flatten(-2)
         # The norm runs over the heads of all ranks.
-        squares = gated.square().sum(-1, keepdim=True)
+        squares = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).square_()
         if self.tp_size > 1:
             squares = tensor_model_parallel_all_reduce(squares)
         rms = torch.rsqrt(squares / (self.total_num_heads * self.head_size) + NORM_EPS)
-        return (gated * rms * weight).unflatten(-1, (self.num_heads, self.head_size))
+        return gated.mul_(rms).mul_(weight).unflatten(-1, (self.num_heads, self.head_size))
 
     def read_out(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """What the memory adds to the attention output, ``m[h] = y[h] @ o_proj.weight[h]``.
