@@ -208,7 +208,8 @@ def test_blocks_on_cpus(tiny: TinyPaths, asked: int | None, expected: int) -> No
     for _ in range(2):
         assert args.create_engine_config().cache_config.block_size == expected
     assert args.block_size == asked
-    assert EngineArgs(model=str(tiny.base)).create_engine_config().cache_config.block_size == 128
+    plain = EngineArgs(model=str(tiny.base), block_size=asked).create_engine_config().cache_config
+    assert plain.user_specified_block_size is (asked is not None)
 
 
 @pytest.mark.parametrize(
