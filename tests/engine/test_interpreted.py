@@ -11,6 +11,7 @@ import torch
 
 from support.golden_data import CONFIGURATIONS, Golden
 from support.interpreted_engine import TWO_PROCESSES, run
+from support.spoilt_drafts import PROPOSER
 from vllm_ahn.reference import from_folders
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu_path]
@@ -111,6 +112,49 @@ def test_preemption_and_stale_rows() -> None:
         constants=FEW_SEGMENTS,
     )
     assert result["preemptions"] > 0
+
+
+def test_a_hit_beyond_the_window() -> None:
+    """The second request goes on where the first one's prompt left a checkpoint."""
+    golden = CONFIGURATIONS["gdn_qwen2"]
+    arguments = {"block_size": 16, "max_num_seqs": 1, "enable_prefix_caching": True, "constants": FEW_SEGMENTS}
+    result = continuations(golden, (100, 100), FROM_THE_EDGE, **arguments)
+    assert result["hits"] == 96 > golden.capacity
+
+
+def test_n_grams_as_drafts() -> None:
+    """Under the V2 runner, beside chunks, where lengths are known to the device alone."""
+    config = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    result = continuations(
+        CONFIGURATIONS["gdn_qwen2"],
+        (20, 37, 100),
+        block_size=16,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        speculative_config=config,
+        constants=FEW_SEGMENTS,
+    )
+    assert [worker["runner"] for worker in result["workers"]] == [V2_RUNNER]
+    assert result["drafted"] > 0
+
+
+def test_drafts_under_the_v1_runner() -> None:
+    """Any number of them is accepted, and prefixes are cached beside."""
+    golden = CONFIGURATIONS["dn_qwen3"]
+    lengths = (32, 37, 100)
+    config = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 3}
+    result = continuations(
+        golden,
+        lengths,
+        environment={"VLLM_USE_V2_MODEL_RUNNER": "0"},
+        answers=[golden.case(length).tokens.tolist() for length in lengths],
+        max_num_seqs=4,
+        block_size=16,
+        enable_prefix_caching=True,
+        speculative_config=config,
+    )
+    assert result["workers"][0]["runner"] != V2_RUNNER
+    assert set(result["accepted"]) == {"0", "1", "2", "3"}
 
 
 def test_v1_runner() -> None:

@@ -54,6 +54,7 @@ def run(
     warm_up: bool = False,
     logits: Path | None = None,
     flash_version: int | None = None,
+    answers: list[list[int]] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Continue prompts greedily with an interpreted engine in a process of its own.
@@ -70,10 +71,13 @@ def run(
         warm_up: run the kernels' warm-up first, which the interpreter has no need of.
         logits: a file that gets the raw logits, ``[max_tokens, vocab]`` for each prompt.
         flash_version: attend by an emulated FlashAttention of this version, which knows float32 too.
+        answers: what `spoilt_drafts` makes drafts of, for each prompt.
         arguments: the engine's.
 
     Returns:
-        ``tokens``, a list for each prompt; ``preemptions``; for each worker in ``workers`` what ran in it:
+        ``tokens``, a list for each prompt; ``preemptions``; ``hits``, tokens that were found in the prefix cache;
+        ``accepted``, how often so many of `spoilt_drafts`' drafts were accepted, and ``drafted``, how many drafts there
+        were of whatever kind; for each worker in ``workers`` what ran in it:
         ``runner``, ``core``, ``layers``, ``state_dtypes``; ``flash_calls``, see ``flash_emulation.calls``.
     """
     job = {
@@ -85,6 +89,7 @@ def run(
         "warm_up": warm_up,
         "logits": None if logits is None else str(logits),
         "flash_version": flash_version,
+        "answers": answers,
         "arguments": arguments if logits is None else {"logprobs_mode": "raw_logits", **arguments},
     }
     return _starter(environment or {}).run(job)
@@ -204,7 +209,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job's engine."""
     import torch
 
-    from support import flash_emulation
+    from support import flash_emulation, spoilt_drafts
     from support.engines import engine, greedy, metric
     from vllm_ahn.plugin import limits
 
@@ -218,15 +223,21 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         limits.has_flash_attention = lambda: True
         limits.FLASH_DTYPES += ("float32",)
         job["arguments"]["attention_backend"] = "FLASH_ATTN"
+    if job["answers"]:
+        spoilt_drafts.expect(zip(job["prompts"], job["answers"], strict=True))
     with engine(job["base"], job["ahn"], **job["arguments"]) as llm:
         workers = llm.collective_rpc(prepare, args=(job["warm_up"],))
         results = greedy(llm, job["prompts"], job["max_tokens"], logprobs=-1 if job["logits"] else None)
-        preemptions = metric(llm, "vllm:num_preemptions")
+        preemptions, hits = metric(llm, "vllm:num_preemptions"), metric(llm, "vllm:prefix_cache_hits")
+        drafted = metric(llm, "vllm:spec_decode_num_draft_tokens") if "speculative_config" in job["arguments"] else 0
     if job["logits"]:
         torch.save([logits for _, logits in results], job["logits"])
     return {
         "tokens": [tokens for tokens, _ in results],
         "preemptions": preemptions,
+        "hits": hits,
+        "accepted": dict(spoilt_drafts.accepted),
+        "drafted": drafted,
         "workers": workers,
         "flash_calls": flash_emulation.calls,
     }

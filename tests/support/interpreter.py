@@ -53,6 +53,7 @@ def install() -> None:
     backends["cpu"] = SimpleNamespace(driver=InterpreterDriver, compiler=None)
     driver.set_active(InterpreterDriver())
     _mend_bfloat16()
+    _mend_masks()
     _tune_nothing()
 
 
@@ -100,6 +101,28 @@ def _mend_bfloat16() -> None:
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
     InterpreterBuilder.bfloat16_mended = True
+
+
+def _mend_masks() -> None:
+    """Take for true what is not zero: a bool combined with a Python number becomes an integer here, and no mask."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if hasattr(InterpreterBuilder, "masks_mended"):
+        return
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def mended(mask: Any) -> Any:
+        return TensorHandle(mask.data.astype(bool), tl.int1)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, ptrs, mended(mask), *rest)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, ptrs, value, mended(mask), *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = masked_load, masked_store
+    InterpreterBuilder.masks_mended = True
 
 
 def _tensor_range(*bounds: Any) -> Iterator[Any]:
