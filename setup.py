@@ -10,5 +10,5 @@ KERNELS = ["vllm_ahn.kernels", *(f"vllm_ahn.kernels.{name}" for name in find_pac
 setup(
     packages=[*PACKAGES, *KERNELS],
     package_dir={"vllm_ahn": "vllm_ahn", "vllm_ahn.kernels": "kernels"},
-    package_data={"vllm_ahn": ["py.typed", "tools/evaluate/benchmarks.toml"]},
+    package_data={"vllm_ahn": ["py.typed", "tools/evaluate/benchmarks.toml"], "vllm_ahn.kernels": ["*.cpp"]},
 )

@@ -129,6 +129,8 @@ def decoded(memory: MemorySpec, tokens: Tokens, state: Any, done: int) -> Result
     if state is None:
         state = torch.zeros(1, HEADS, HEAD_SIZE, HEAD_SIZE, dtype=torch.float64)
     for index, (q, k, v, g, b) in enumerate(zip(*(x.split(1) for x in inputs(memory, *tokens)), strict=True)):
+        group = HEADS // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         q, k, v = (x.unsqueeze(-2) for x in (q, k, v))
         state = g.exp()[..., None, None] * state
         update = b[..., None, None] * (v - k @ state if memory.delta else v)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from vllm_ahn.kernels.pages import StatePages, WindowPages
-from vllm_ahn.kernels.settled import Settling
+from vllm_ahn.kernels.settled import GRANULARITY, Settling
 from vllm_ahn.kernels.steps import Steps
 from vllm_ahn.memory.spec import MemorySpec
 
@@ -126,6 +126,12 @@ def absorb_and_read_steps(
     for name, table in (("window", window_table), ("state", state_table)):
         if table.dtype != torch.int32 or table.stride(-1) != 1:
             raise ValueError(f"rows of the {name} table must be contiguous int32, got {table.dtype}")
+    if any(x.dtype != torch.int64 for x in (steps.requests, steps.first_tokens, steps.lens, steps.computed)):
+        raise ValueError("steps must be int64")
+    if not len(steps.lens) or int(steps.lens.max()) > GRANULARITY:
+        raise ValueError(f"one request at least, and at most {GRANULARITY} queries of each, got {steps.lens.tolist()}")
+    if A_log is not None and A_log.dtype != torch.float32:
+        raise ValueError(f"A_log must be float32, got {A_log.dtype}")
     columns = state_pages.columns
     o = None if read_out else query.new_empty((len(steps.tokens), heads, size), dtype=torch.float32)
     values: dict[str, Any] = {
@@ -174,6 +180,9 @@ def absorb_and_read_steps(
         output, projection = read_out.output, read_out.projection
         if not (output.dtype == projection.dtype == read_out.norm.dtype == query.dtype and projection.is_contiguous()):
             raise ValueError(f"output, norm and projection must be {query.dtype}, the latter contiguous")
+        weights = [read_out.z] if read_out.router is None else [read_out.z, read_out.router]
+        if any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in weights):
+            raise ValueError("rows of z and router must be contiguous float32")
         values |= {
             "output": output,
             "output_token": output.stride(0),
@@ -208,21 +217,21 @@ def load(cache: Path) -> ctypes.CDLL | None:
         )
         return None
     file = cache / f"steps-{_fingerprint(compiler)}.so"
-    if not file.exists():
-        try:
+    try:
+        if not file.exists():
             _compile(compiler, file)
-        except (OSError, subprocess.SubprocessError) as error:
-            message = getattr(error, "stderr", None) or error
-            logger.warning(
-                "AHN: %s cannot compile %s into %s, so decoding beyond the window runs in plain PyTorch, which takes "
-                "some 5 times as long in the memory: %s",
-                compiler,
-                SOURCE.name,
-                cache,
-                str(message).strip()[:500],
-            )
-            return None
-    library = ctypes.CDLL(str(file))
+        library = ctypes.CDLL(str(file))
+    except (OSError, subprocess.SubprocessError) as error:
+        message = getattr(error, "stderr", None) or error
+        logger.warning(
+            "AHN: %s cannot compile %s into %s, so decoding beyond the window runs in plain PyTorch, which takes some "
+            "5 times as long in the memory: %s",
+            compiler,
+            SOURCE.name,
+            cache,
+            str(message).strip()[:500],
+        )
+        return None
     if (size := library.size_of_arguments()) != ctypes.sizeof(_Arguments):
         raise RuntimeError(f"{file} takes {size} bytes of arguments, expected {ctypes.sizeof(_Arguments)}")
     return library

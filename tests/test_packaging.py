@@ -23,11 +23,12 @@ from vllm_ahn.plugin import compat
 SOURCE = ("vllm_ahn", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
-def python_files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+def sources(folder: Path) -> list[str]:
+    """Python's files, and those that are compiled where they are used."""
+    return sorted(path.relative_to(folder).as_posix() for kind in ("py", "cpp") for path in folder.rglob(f"*.{kind}"))
 
 
-KERNELS = python_files(ROOT / "kernels")
+KERNELS = sources(ROOT / "kernels")
 
 
 def python(*arguments: object, cwd: Path, **environment: str) -> str:
@@ -84,7 +85,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_source_distribution_has_the_kernels_once(sdist: Path) -> None:
-    assert python_files(sdist / "kernels") == KERNELS
+    assert sources(sdist / "kernels") == KERNELS
     assert not (sdist / "vllm_ahn" / "kernels").exists()
 
 

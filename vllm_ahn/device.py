@@ -16,3 +16,13 @@ def runs_triton() -> bool:
     from vllm.platforms import current_platform
 
     return not current_platform.is_cpu() or os.environ.get(TRITON_VARIABLE) == "1"
+
+
+KERNEL_VARIABLE = "VLLM_AHN_CPU_KERNEL"
+"""Set to 0, this environment variable has CPUs compute in plain PyTorch what otherwise a kernel does that is compiled
+where it is used: for machines on which nothing may be compiled. Workers inherit it."""
+
+
+def compiles_kernels() -> bool:
+    """Return whether a kernel may be compiled for the CPU."""
+    return os.environ.get(KERNEL_VARIABLE) != "0"

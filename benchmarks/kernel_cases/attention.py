@@ -38,7 +38,7 @@ def kernel(step: Step, spans: AttentionSpans) -> Callable[[torch.Tensor, torch.T
         from vllm_ahn.attention.paged.triton import TritonAttention
         from vllm_ahn.cache.specs import window_spec
 
-        spec = window_spec(pages.layout, window=setting.window, sinks=setting.sinks)
+        spec = window_spec(pages.layout, setting.rule)
         attention = TritonAttention(spec, num_heads=model.heads, device=setting.device)
         return lambda query, output: attention.attend(pages, query, output, spans, scale)
     multiprocessors = setting.timer.multiprocessors if setting.timer else 1

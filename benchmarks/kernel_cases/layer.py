@@ -192,7 +192,7 @@ class Step:
         return torch.arange(first, computed - self.setting.window, device=self.setting.device)
 
     def _fill(self, memory: MemorySpec) -> None:
-        heads, size, rule = self.model.heads, self.model.head_size, self.setting.rule
+        heads, size = self.model.heads, self.model.head_size
         for request, rows in self.reading.items():
             pending = self.since_boundary(request)
             owners = torch.full_like(pending, request)
@@ -207,10 +207,22 @@ class Step:
             state = torch.zeros(1, heads, size, size, device=self.setting.device)
             if computed > self.setting.capacity:
                 self.pool.state.scatter(pages, state.normal_())
-            if rule.boundary(computed) <= self.setting.capacity:  # for decodes; for chunks it counts from here on
-                state.zero_()
-            if memory.delta and len(pending):
-                self._keep(memory, pages, state[0], owners, pending)
+        self.keep_updates()
+
+    def keep_updates(self) -> None:
+        """Keep the updates of tokens since the boundary, as earlier steps would have left them."""
+        if self.memory is None or not self.memory.delta:
+            return
+        for request in self.reading:
+            pending = self.since_boundary(request)
+            if len(pending):
+                who = self.requests[request : request + 1]
+                state = self.pool.states(who)[0]
+                if int(pending[0]) == self.setting.sinks:
+                    state = torch.zeros_like(state)
+                self._keep(
+                    self.memory, self.pool.pages_of_states(who), state, torch.full_like(pending, request), pending
+                )
 
     def _keep(
         self, memory: MemorySpec, pages: torch.Tensor, state: torch.Tensor, owners: torch.Tensor, pending: torch.Tensor

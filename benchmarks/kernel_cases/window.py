@@ -99,7 +99,10 @@ def verify(setting: Setting, model: Model, memory: MemorySpec) -> None:
         requests = 3 if new == 1 else 1
         step = LayerStep(kind, setting, model, memory, requests, new, vast=vast)
         # What is evicted was written long ago, so the oracle may come first, as it has to: states change in place.
-        reads = oracles.memory_reads(step, list(range(requests)))[0] if step.memory else None
+        reads = None
+        if step.memory:
+            step.keep_updates()
+            reads = oracles.memory_reads(step, list(range(requests)), settled=new == 1)[0]
         step()
         for request in range(requests):
             chosen = torch.randint(new, (min(new, SAMPLED),), device=setting.device)

@@ -77,8 +77,8 @@ def check_capacity(name: str, context: int, row: dict[str, Any]) -> None:
         assert row["sequences"] == expected > 0
         assert row["held_blocks"] <= expected * whole <= usable
     else:
-        # One sink block, three or four of the window, one page of state.
-        state = name == "ahn-gdn"
+        # One sink block, three or four of the window, two pages of state.
+        state = 2 * (name == "ahn-gdn")
         least, most = row["sequences"] * (4 + state), row["sequences"] * (5 + state)
         assert least <= row["held_blocks"] <= min(most, usable)
         assert row["sequences"] >= int(row["vllm_count"])

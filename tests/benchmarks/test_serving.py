@@ -26,7 +26,7 @@ def test_verified_and_measured(tmp_path: Path) -> None:
     assert len(turns) == 2
     for turn in turns:
         assert turn["base"]["far_blocks"] == 41  # ceil((1300 + 7) / 32)
-        assert turn["ahn"]["far_blocks"] == 34  # one of sinks, 32 of the window, one of the state
+        assert turn["ahn"]["far_blocks"] == 35  # one of sinks, 32 of the window, two of the state
     summary = result["summary"]
     assert summary["d"]["median"] == turns[0]["base"]["far_cache_bytes"] / turns[0]["ahn"]["far_cache_bytes"]
     assert summary["d"]["aim"] == ">= 10" and summary["d"]["met"] is False

@@ -5,6 +5,8 @@ import torch
 
 from support.engines import engine, greedy
 from support.golden_data import CONFIGURATIONS, GENERATED, LOGIT_TOLERANCE, Golden
+from vllm_ahn.attention.choose import choose_core
+from vllm_ahn.attention.cpu.compute import CPUCore
 
 BUDGETS = {"1 token": 1, "7 tokens": 7, "64 tokens": 64, "all": 1024}
 
@@ -48,3 +50,14 @@ def test_one_request_at_a_time_and_again(golden: Golden) -> None:
         for case in [*cases, *reversed(cases)]:
             ((tokens, _),) = greedy(llm, [case.prompt], GENERATED)
             assert torch.equal(torch.tensor(tokens), case.tokens), case.length
+
+
+def test_without_a_compiled_kernel(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no compiler steps run in plain torch."""
+    core = choose_core()
+    assert isinstance(core, CPUCore) and core.library is not None
+    monkeypatch.setattr(core, "library", None)
+    cases = golden.cases()
+    with engine(golden.base, setting(golden), max_num_batched_tokens=64) as llm:
+        results = greedy(llm, [case.prompt for case in cases], GENERATED)
+    assert [tokens for tokens, _ in results] == [case.tokens.tolist() for case in cases]

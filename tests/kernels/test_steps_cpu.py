@@ -198,9 +198,27 @@ def test_wrong_arguments_are_refused(cache: Path) -> None:
     steps = Steps(*map(torch.tensor, ([0], [0], [1], [32])))
     with pytest.raises(ValueError, match=r"queries must be torch\.float32 as the pages are, got torch\.float64"):
         Stepper(cache)(case, case.query[0].double(), steps)
+    many = Steps(*map(torch.tensor, ([0], [0], [17], [32])))
+    with pytest.raises(ValueError, match="at most 16 queries"):
+        Stepper(cache)(case, case.query[0], many)
+    with pytest.raises(ValueError, match="int64"):
+        Stepper(cache)(case, case.query[0], Steps(*(x.int() for x in vars(steps).values())))
     case.state_table = case.state_table[:, :1]
     with pytest.raises(ValueError, match="too narrow"):
         Stepper(cache)(case, case.query[0], steps)
+
+
+def test_a_library_that_cannot_be_loaded_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(steps_cpu, "_compile", lambda compiler, file: file.write_bytes(b"no library"))
+    load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert load(tmp_path) is None
+        assert "cannot compile steps_cpu.cpp" in caplog.text
+    finally:
+        load.cache_clear()
 
 
 def test_a_second_process_compiles_nothing(cache: Path) -> None:

@@ -18,6 +18,7 @@ from vllm_ahn.attention.core import Layer, LayerInputs
 from vllm_ahn.attention.cpu.plan import CPUPlan, CPUPlanner, Pass
 from vllm_ahn.attention.paged.cpu import CPUAttention, attention_isa
 from vllm_ahn.cache.specs import AHNWindowSpec
+from vllm_ahn.device import compiles_kernels
 from vllm_ahn.kernels import chunk_recurrence, l2_normalize
 from vllm_ahn.kernels.pages import StatePages, WindowPages
 from vllm_ahn.kernels.recurrence import settled as torch_form
@@ -41,7 +42,7 @@ class CPUCore:
     compiles = False
 
     def __init__(self) -> None:
-        self.library = load(Path(envs.VLLM_CACHE_ROOT) / "vllm_ahn")
+        self.library = load(Path(envs.VLLM_CACHE_ROOT) / "vllm_ahn") if compiles_kernels() else None
 
     def cudagraph_support(self, vllm_config: VllmConfig) -> AttentionCGSupport:
         return AttentionCGSupport.NEVER
