@@ -15,6 +15,7 @@ from vllm.v1.engine import core
 
 from fuzz import drafts
 from fuzz.case import Case, Request
+from support import spoilt_drafts
 from support.engines import cache_manager, engine, metric, worker_layers
 from vllm_ahn.attention.layer import AHNAttention
 from vllm_ahn.reference import ReferenceModel, from_folders
@@ -117,7 +118,7 @@ def play(case: Case, paths: TinyPaths, model: ReferenceModel | None = None) -> P
     Raises:
         Failure: the engine is stuck, or blocks are missing.
     """
-    drafts.forget()
+    spoilt_drafts.forget()
     with case_engine(case, paths) as llm:
         pool = cache_manager(llm).block_pool
         free = pool.get_num_free_blocks()
@@ -128,7 +129,7 @@ def play(case: Case, paths: TinyPaths, model: ReferenceModel | None = None) -> P
             played.prefix_hit_tokens = int(metric(llm, "vllm:prefix_cache_hits"))
         if case.drafts is not None:
             played.num_accepted_drafts = int(metric(llm, "vllm:spec_decode_num_accepted_tokens"))
-            played.accepted_drafts = dict(drafts.accepted)
+            played.accepted_drafts = dict(spoilt_drafts.accepted)
         missing = free - pool.get_num_free_blocks()
         if missing or cache_manager(llm).usage:
             raise Failure(f"{missing} of {free} blocks did not come back")
@@ -195,7 +196,7 @@ class _Stage:
             prompt = before.prompt + before.tokens + prompt
         if self.case.drafts is not None and self.model is not None:
             answer = self.model.generate(torch.tensor([prompt]), request.max_tokens).tokens[0].tolist()
-            drafts.know(prompt + answer)
+            spoilt_drafts.know(prompt + answer)
         params = SamplingParams(
             temperature=0, max_tokens=request.max_tokens, ignore_eos=True, detokenize=False, logprobs=request.logprobs
         )
