@@ -1,13 +1,17 @@
 """Speculative decoding: whatever becomes of drafts, tokens are those without."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from support import spoilt_drafts
 from support.engines import cache_manager, engine, greedy, metric, worker_layers
 from support.golden_data import CONFIGURATIONS, GENERATED, LOGIT_TOLERANCE, Golden
+from support.paths import ROOT
 
 
 @pytest.fixture(params=CONFIGURATIONS.values(), ids=lambda golden: golden.name)
@@ -103,3 +107,26 @@ def test_one_slot_is_not_enough(golden: Golden, monkeypatch: pytest.MonkeyPatch)
         results = greedy(llm, [case.prompt for case in cases], GENERATED, logprobs=-1)
     errors = [float((logits - case.logits).abs().max()) for case, (_, logits) in zip(cases, results, strict=True)]
     assert max(errors) > LOGIT_TOLERANCE
+
+
+def test_structured_output_beside_drafts() -> None:
+    """With drafts and without, the same text, which fits the grammar."""
+    small_model = ROOT / "examples" / "small_model"
+    ahn = {"checkpoint": str(small_model / "gdn"), "window": 64, "sinks": 0}
+    prompt = "def area(width, height):\n    return width * height\n\n\n" * 4
+    params = SamplingParams(
+        temperature=0, max_tokens=60, structured_outputs=StructuredOutputsParams(regex="(def [a-z]{3,9}[0-9]{2}\n){4}")
+    )
+    threads, texts = torch.get_num_threads(), []
+    config = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    try:
+        for drafting in ({}, {"speculative_config": config}):
+            with engine(small_model / "base", ahn, skip_tokenizer_init=False, **drafting) as llm:
+                (output,) = llm.generate([prompt], params, use_tqdm=False)
+                texts.append(output.outputs[0].text)
+                if drafting:
+                    assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+    finally:
+        torch.set_num_threads(threads)
+    assert texts[0] == texts[1]
+    assert re.fullmatch("(def [a-z]{3,9}[0-9]{2}\n){4}", texts[0]), texts[0]
