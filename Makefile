@@ -21,7 +21,7 @@ CONTRACT_TESTS := tests/contract tests/cache tests/plugin/test_arguments.py test
 help:
 	@echo "make demo    serve a small model with an AHN and ask it something longer than its window"
 	@echo "make check   ruff, mypy and the tests that are not slow (some minutes)"
-	@echo "make test    ruff, mypy and all tests (25 minutes on two quiet cores)"
+	@echo "make test    ruff, mypy and all tests (20 minutes on two quiet cores)"
 	@echo "make fuzz    random engines and requests against the reference (MINUTES=5; SEED=...: from this seed)"
 	@echo "make contract  some of the tests with the sources of vLLM $(CONTRACT)"
 	@echo "make commands  every command of vLLM's, with and without an AHN, into docs/commands.md (half an hour)"

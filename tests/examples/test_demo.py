@@ -51,8 +51,8 @@ def test_demo(tmp_path: Path) -> None:
     assert full_blocks == -(-length // size) and full_bytes == full_blocks * full_block_bytes
     assert pool == (64 << 20) // block_bytes
     assert held_bytes == blocks * block_bytes and blocks == most
-    # Window 4 and the block behind it. A state has 4 heads * (64 columns and 16 kept updates) at 66 a page: 5, in each of
-    # two slots.
+    # Window 4 and the block behind it. A state has 4 heads * (64 columns and 16 kept updates) at 66 a page: 5, in each
+    # of two slots.
     assert fewest >= window // size + 2 * 5
     assert most <= window // size + 1 + 2 * 5 + 1
 

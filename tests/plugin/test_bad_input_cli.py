@@ -188,8 +188,8 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
     features = {
         "load format": (["--load-format", "sharded_state"], "load format.*sharded_state"),
         "speculation": (
-            ["--speculative-config", json.dumps({"method": "ngram", "num_speculative_tokens": 2})],
-            "speculative decoding",
+            ["--speculative-config", json.dumps({"method": "eagle", "model": str(base), "num_speculative_tokens": 2})],
+            "drafts of method 'eagle'",
         ),
         "decode context parallelism": (["--decode-context-parallel-size", "2"], "decode context parallelism"),
         "prefill context parallelism": (

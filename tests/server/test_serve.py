@@ -145,9 +145,9 @@ def test_blocks_are_given_back(server: Server) -> None:
     for index, _ in enumerate(stream):
         if index % 100 == 50:
             held.append(round(server.metric("vllm:kv_cache_usage_perc") * usable))
-    # Sinks 1, window 2 and one for the tokens behind its last whole block, and a state of 3 pages in each of two slots.
-    # All tokens would take 19 for the prompt alone.
-    assert held and max(held) <= 10, held
+    # Sinks 1, window 2, one for the tokens behind its last whole block, one that a step may need before one is
+    # freed, and a state of 3 pages in each of two slots. All tokens would take 19 for the prompt alone.
+    assert held and max(held) <= 11, held
     assert any(held), "no metric was read while the request ran"
     deadline = time.monotonic() + 10
     while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
