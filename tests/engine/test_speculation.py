@@ -115,7 +115,7 @@ def test_structured_output_beside_drafts() -> None:
     ahn = {"checkpoint": str(small_model / "gdn"), "window": 64, "sinks": 0}
     prompt = "def area(width, height):\n    return width * height\n\n\n" * 4
     params = SamplingParams(
-        temperature=0, max_tokens=60, structured_outputs=StructuredOutputsParams(regex="(def [a-z]{3,9}[0-9]{2}\n){4}")
+        temperature=0, max_tokens=80, structured_outputs=StructuredOutputsParams(regex="(def [a-z]{3,9}[0-9]{2}\n){4}")
     )
     threads, texts = torch.get_num_threads(), []
     config = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
