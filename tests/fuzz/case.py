@@ -238,7 +238,10 @@ def _tokens(rng: random.Random, length: int) -> list[int]:
 
 
 def _speculate(rng: random.Random, case: Case) -> None:
-    case.drafts = Drafts(rng.choice(["ngram", "custom_class", "custom_class"]), rng.choice([1, 2, 3, 5, 8, MAX_DRAFTS]))
+    counts = [count for count in (1, 2, 3, 5, 8, MAX_DRAFTS) if count < case.window]
+    if not counts:
+        return
+    case.drafts = Drafts(rng.choice(["ngram", "custom_class", "custom_class"]), rng.choice(counts))
     case.engine["async_scheduling"] = False
     least = case.drafts.num_tokens + 1
     case.engine["max_num_batched_tokens"] = max(case.engine["max_num_batched_tokens"], least)

@@ -75,6 +75,7 @@ REFUSED_OF_FLASH_ATTENTION: list[tuple[dict[str, Any], str]] = [
     ({"sinks": 24}, "--ahn-sinks is 24, expected a multiple of the block size, 16"),
     ({"sinks": 16, "block_size": 32}, "--ahn-sinks is 16, expected a multiple of the block size, 32"),
     ({"window": 20, "block_size": 32}, "--ahn-window is 20, expected at least the block size, 32"),
+    ({"window": 18, "spec_method": "ngram", "spec_tokens": 3}, "--ahn-window is 18, .*16, and the 3 of --spec-tokens"),
 ]
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [

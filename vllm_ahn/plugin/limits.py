@@ -399,6 +399,10 @@ SETTINGS: tuple[Setting, ...] = (
             lambda f: not (f.flash_attention and f.window) or f.window >= f.gpu_block_size,
             _FLASH + "for which the window must fill a block: --ahn-window is {f.window}, expected at least the "
             "block size, {f.gpu_block_size}",
+        ), Limit(
+            lambda f: not (f.flash_attention and f.window) or f.window >= f.gpu_block_size + (f.spec_tokens or 0),
+            _FLASH + "for which the window must hold a block and the drafts of a step: --ahn-window is {f.window}, "
+            "expected at least the block size, {f.gpu_block_size}, and the {f.spec_tokens} of --spec-tokens",
         ),),
     ),
 )  # fmt: skip
